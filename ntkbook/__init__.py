@@ -1,0 +1,1 @@
+"""Linearised neural networks as Gaussian processes, in PyTorch and GPyTorch."""

@@ -1,0 +1,1 @@
+"""The data sets of the book, and where they come from."""
