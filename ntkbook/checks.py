@@ -1,0 +1,93 @@
+"""What a network must be for a linearisation to mean something, and errors that say what to do where it is not."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
+RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
+
+
+def require_pure(net: nn.Module) -> None:
+    """Raise ValueError where a module makes an example's output depend on its batch or on chance."""
+    for name, module in net.named_modules():
+        what = f"{type(module).__name__} {name!r}"
+        if isinstance(module, BATCH_NORM) and module.running_mean is None:
+            raise ValueError(
+                f"{what} keeps no running statistics, so an example's output depends on its batch. "
+                "Use track_running_stats=True, or another normalisation."
+            )
+        statistics = isinstance(module, BATCH_NORM) or (
+            isinstance(module, INSTANCE_NORM) and module.track_running_stats
+        )
+        if module.training and statistics:
+            raise ValueError(
+                f"{what} is in train mode, where an example's output depends on its batch and the running statistics "
+                "change. Call net.eval() first."
+            )
+        rate = getattr(module, "dropout", 0.0)  # a number in RNNs and attention
+        if module.training and (isinstance(module, RANDOM) or (isinstance(rate, float) and rate > 0)):
+            raise ValueError(f"{what} is in train mode, where outputs are random. Call net.eval() first.")
+
+
+def probe(
+    call: Callable[[Mapping[str, Tensor], Tensor], Tensor], params: Mapping[str, Tensor], example: Tensor
+) -> tuple[int, int]:
+    """Run one example, (1, ...); return the number of outputs, and the bytes that autograd keeps of its forward pass.
+
+    Raises ValueError for outputs other than (1,) or (1, o), and for a network that draws random numbers.
+    """
+    saved = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal saved
+        saved += tensor.numel() * tensor.element_size()
+        return tensor
+
+    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+    cuda = [example.device] if example.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), torch.enable_grad():
+        before = _rng_states(cuda)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = call(leaves, example)
+        if any(not torch.equal(a, b) for a, b in zip(before, _rng_states(cuda))):
+            raise ValueError(
+                "The network draws random numbers, so it has no one Jacobian. Turn that off: net.eval() does for "
+                "Dropout, and for functional.dropout where it is given training=self.training."
+            )
+    if not isinstance(outputs, Tensor) or outputs.ndim not in (1, 2) or len(outputs) != 1:
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(
+            f"The network must map n examples to (n,) or (n, o); from one example it made {got}. Flatten its "
+            "outputs to (n, o); where it squeezes, name the dimension: squeeze(-1)."
+        )
+    weights = sum(value.numel() * value.element_size() for value in leaves.values())
+    return (1 if outputs.ndim == 1 else outputs.shape[1]), max(saved - weights, 8 * outputs.numel())
+
+
+def _rng_states(cuda: list[torch.device]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
+
+
+@contextmanager
+def explained(method: str) -> Iterator[None]:
+    """Say what to do where torch.func meets an operation that it cannot transform."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        first = str(error).partition("\n")[0]
+        if "forward AD" in str(error) or "forward-mode" in str(error):
+            raise NotImplementedError(
+                f"{method}: the network uses an operation without a forward-mode derivative ({first}). "
+                "Fused attention has none: run it under torch.nn.attention.sdpa_kernel(SDPBackend.MATH). "
+                "vjp, jacobian, gram and diagonal need none."
+            ) from error
+        if any(word in str(error) for word in ("vmap", "functorch", "data-dependent", "torch.func")):
+            raise NotImplementedError(
+                f"{method}: torch.func cannot transform this network ({first}). Usual causes: an in-place operation on "
+                "a constant, .item() or an if on a tensor's value, a buffer updated in forward."
+            ) from error
+        raise

@@ -1,0 +1,183 @@
+"""Gram matrices of Jacobians, layer by layer, without a Jacobian.
+
+A Linear layer that runs once per example, on a vector a and with output z = W a + b, gives output c of the
+network the derivatives d f_c/dW = d aᵀ and d f_c/db = d, where d = d f_c/dz. Its share of J Jᵀ is therefore
+
+    (D Dᵀ) ∘ (A Aᵀ + 1),
+
+with A (n, in) the layer's inputs, D (n·o, out) the derivatives of the outputs, A Aᵀ repeated over output blocks, and
+the 1 only with a bias: O(n²(o² out + in)) operations, and no object of the size of the parameters.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Call = Callable[[Mapping[str, Tensor], Tensor], Float[Tensor, "n o"]]
+
+
+class Layer(NamedTuple):
+    """A Linear layer, and which of its parameters the Jacobian is taken with respect to."""
+
+    module: nn.Linear
+    weight: bool
+    bias: bool
+
+
+class LayerFeatures(NamedTuple):
+    """What a layer contributes to the Jacobian: its inputs A and the outputs' derivatives D."""
+
+    layer: Layer
+    inputs: Float[Tensor, "n i"]
+    derivatives: Float[Tensor, "n o z"]
+
+
+Features = list[LayerFeatures] | Float[Tensor, "n o p"]
+"""What a chunk of examples contributes: its layers' features, or its Jacobian's rows where no layer rule applies."""
+
+
+def find_layers(net: nn.Module, call: Call, params: Mapping[str, Tensor], example: Tensor) -> list[Layer] | None:
+    """The Linear layers that hold `params`, or None where the layer rule does not apply.
+
+    It applies when every parameter belongs to a plain Linear that runs at most once, on one vector per example,
+    and when nothing else reads its weights. The last is read off the autograd graph of `call` on one example:
+    each parameter must enter it exactly once, which a tied or functionally used weight does not.
+    """
+    layers: list[Layer] = []
+    names: dict[str, nn.Linear] = {}
+    for name, module in net.named_modules():
+        own = {kind: f"{name}.{kind}" if name else kind for kind in ("weight", "bias")}
+        used = {kind: own[kind] for kind in own if own[kind] in params}
+        if used and type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
+            layers.append(Layer(module, "weight" in used, "bias" in used))
+            names.update(dict.fromkeys(used.values(), module))
+    if names.keys() != params.keys():
+        return None
+
+    calls: dict[int, tuple[Tensor, int]] = {}
+    regular = True
+
+    def note(module: nn.Module, args: tuple, output: Tensor) -> None:
+        nonlocal regular
+        regular &= id(module) not in calls and len(args) == 1
+        if regular:
+            regular = args[0].ndim == 2 and len(args[0]) == len(example)
+            calls[id(module)] = args[0], args[0]._version
+
+    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+    with torch.enable_grad(), _hooks([layer.module for layer in layers], note):
+        outputs = call(leaves, example)
+    if not regular or any(a._version != version for a, version in calls.values()):  # called oddly; input overwritten
+        return None
+    uses = _count_uses(outputs)
+    if any(uses[id(leaves[name])] > (id(module) in calls) for name, module in names.items()):
+        return None
+    return [layer for layer in layers if id(layer.module) in calls]
+
+
+def layer_features(
+    call: Call, layers: list[Layer], params: Mapping[str, Tensor], x: Tensor, output: int | None
+) -> list[LayerFeatures]:
+    """Run the network on x (n, ...) and return each layer's inputs and derivatives, of all outputs or of one.
+
+    Differentiable in x if x requires a gradient.
+    """
+    differentiable = x.requires_grad and torch.is_grad_enabled()
+    inputs: dict[int, Tensor] = {}
+    shifts: dict[int, Tensor] = {}
+
+    def tap(module: nn.Module, args: tuple, z: Tensor) -> Tensor:
+        # df/dz is the derivative by a shift of z by zero: right also where an in-place activation overwrites z.
+        inputs[id(module)], shifts[id(module)] = args[0], torch.zeros_like(z, requires_grad=True)
+        return z + shifts[id(module)]
+
+    with torch.enable_grad(), _hooks([layer.module for layer in layers], tap):
+        f = call(params, x)
+        chosen = range(f.shape[1]) if output is None else [output]
+        basis = f.new_zeros(len(chosen), *f.shape)
+        for row, c in enumerate(chosen):
+            basis[row, :, c] = 1
+        wanted = [shifts[id(layer.module)] for layer in layers]
+        if f.requires_grad:
+            derivatives = torch.autograd.grad(
+                f,
+                wanted,
+                basis if len(chosen) > 1 else basis[0],
+                is_grads_batched=len(chosen) > 1,
+                create_graph=differentiable,
+                allow_unused=True,
+            )
+        else:
+            derivatives = [None] * len(wanted)
+
+    features = []
+    for layer, z, d in zip(layers, wanted, derivatives):
+        a = inputs[id(layer.module)]
+        d = z.new_zeros(len(chosen), *z.shape) if d is None else d.reshape(len(chosen), *z.shape)
+        features.append(LayerFeatures(layer, a if differentiable else a.detach(), d.transpose(0, 1)))
+    return features
+
+
+def gram_block(left: Features, right: Features, out: Float[Tensor, "r c"], trace: bool = False) -> None:
+    """Add J₁ J₂ᵀ of two chunks to `out`: (n·o, m·o), or (n, m), summed over outputs, with `trace`."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        rows = (1, 2) if trace else (0, 1)
+        out += left.flatten(*rows) @ right.flatten(*rows).T
+        return
+    assert isinstance(left, list)
+    assert isinstance(right, list)
+    for one, two in zip(left, right):
+        n, o, _ = one.derivatives.shape
+        m = len(two.derivatives)
+        shared = one.inputs @ two.inputs.T if one.layer.weight else out.new_zeros(n, m)
+        shared = shared + 1 if one.layer.bias else shared
+        rows = (n, -1) if trace else (n * o, -1)
+        products = one.derivatives.reshape(rows) @ two.derivatives.reshape(m if trace else m * o, -1).T
+        if trace:
+            out.addcmul_(products, shared)
+        else:
+            out.view(n, o, m, o).addcmul_(products.view(n, o, m, o), shared[:, None, :, None])
+
+
+def gram_diagonal(features: Features) -> Float[Tensor, "n o"]:
+    """The diagonal of J Jᵀ: every row's squared norm."""
+    if isinstance(features, Tensor):
+        return features.square().sum(-1)
+    total = features[0].derivatives.new_zeros(features[0].derivatives.shape[:2])
+    for layer, a, d in features:
+        squares = a.square().sum(1) * layer.weight + layer.bias
+        total = total + d.square().sum(2) * squares[:, None]
+    return total
+
+
+@contextmanager
+def _hooks(modules: list[nn.Module], hook: Callable) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _count_uses(outputs: Tensor) -> Counter[int]:
+    """How often each leaf enters the graph of `outputs`, by id."""
+    uses: Counter[int] = Counter()
+    seen, stack = set(), [outputs.grad_fn] if outputs.grad_fn is not None else []
+    while stack:
+        node = stack.pop()
+        for parent, _ in node.next_functions:
+            if parent is None:
+                continue
+            leaf = getattr(parent, "variable", None)
+            if leaf is not None:
+                uses[id(leaf)] += 1
+            elif parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return uses

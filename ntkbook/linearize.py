@@ -1,0 +1,326 @@
+"""A network linearised at its parameters: products with its Jacobian, and the finite neural tangent kernel."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, wraps
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+from torch.func import jvp as func_jvp
+from torch.func import vjp as func_vjp
+
+from ntkbook.checks import explained, probe, require_pure
+from ntkbook.gram import find_layers, gram_block, gram_diagonal, layer_features
+from ntkbook.memory import require_memory, total_memory, working_memory
+
+
+def _outside_inference_mode(method: Callable) -> Callable:
+    """Derivatives need autograd, which inference mode turns off for good inside it."""
+
+    @wraps(method)
+    def wrapped(self, x, *args, **kwargs):
+        with torch.inference_mode(False):
+            tensors = [t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, *args)]
+            return method(self, *tensors, **kwargs)
+
+    return wrapped
+
+
+class Linearization:
+    """The network f(x; θ) ≈ f(x; θ₀) + J(x)(θ − θ₀) at its present parameters θ₀ (Section 2.1 of the paper).
+
+    J(x) is (n·o, p): row i·o + c belongs to example i and output c, the columns to the parameters in the order of
+    `net.named_parameters()`, each flattened. (The paper writes the transpose.) Parameters and buffers are copied
+    here: training the network afterwards changes nothing, and nothing here changes the network.
+
+    Args:
+        net: maps x (n, ...) to (n, o), or (n,) for one output, each example on its own, in eval mode if it has
+            BatchNorm or Dropout.
+        params: the names of the parameters to linearise in, or names with other values to linearise at.
+            Those with `requires_grad` unless given; all others stay constants.
+        chunk_size: examples at a time; chosen from the machine's memory unless given. No result depends on it
+            beyond rounding.
+
+    Raises:
+        ValueError: no such parameters; train-mode BatchNorm or Dropout; inputs with NaN, or of the wrong shape,
+            dtype or device; a network whose output is not (n,) or (n, o).
+        NotImplementedError: an operation of the network that torch.func cannot differentiate in the way asked for.
+        MemoryError: a result that cannot fit.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        params: Iterable[str] | Mapping[str, Tensor] | None = None,
+        *,
+        chunk_size: int | None = None,
+    ) -> None:
+        own = dict(net.named_parameters())
+        if isinstance(params, str):
+            raise ValueError(f"params: expected an iterable of names, such as [{params!r}]; got the string {params!r}.")
+        names = [name for name in own if own[name].requires_grad] if params is None else list(params)
+        unknown = sorted(set(names) - own.keys())
+        if unknown:
+            raise ValueError(f"params: {unknown} are no parameters of this network, which has {sorted(own)}.")
+        # In the network's own order, whatever the order of the names given.
+        values = params if isinstance(params, Mapping) else own
+        chosen = {name: values[name] for name in own if name in names}
+        if not chosen:
+            raise ValueError(
+                f"There is nothing to linearise in: the network has {len(own)} parameters, and none was named or has "
+                "requires_grad=True. Pass params=[...] with the names of those to use."
+            )
+        for name, value in chosen.items():
+            if value.shape != own[name].shape or not value.is_floating_point():
+                raise ValueError(
+                    f"params[{name!r}]: expected real numbers of shape {tuple(own[name].shape)}, "
+                    f"got {value.dtype} of shape {tuple(value.shape)}."
+                )
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size: expected a positive number of examples, got {chunk_size}.")
+        self.net = net
+        self.params = {name: value.detach().clone() for name, value in chosen.items()}
+        constants = {name: value for name, value in own.items() if name not in chosen} | dict(net.named_buffers())
+        self.constants = {name: value.detach().clone() for name, value in constants.items()}
+        self.chunk_size = chunk_size
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def num_params(self) -> int:
+        """p, the number of parameters linearised in."""
+        return sum(value.numel() for value in self.params.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.params.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.params.values())).device
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Linearization":
+        """The same linearisation on another device or in another precision; the network stays as it is."""
+        other = object.__new__(Linearization)
+        other.net, other.chunk_size = self.net, self.chunk_size
+        for field in ("params", "constants"):
+            values = getattr(self, field).items()
+            moved = {k: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for k, v in values}
+            setattr(other, field, moved)
+        return other
+
+    def flatten(self, tree: Mapping[str, Tensor]) -> Float[Tensor, " p"]:
+        """A dict like the parameters as one vector (p,), in the order of J's columns."""
+        if tree.keys() != self.params.keys():
+            raise ValueError(f"expected the entries {list(self.params)}, got {list(tree)}.")
+        return torch.cat([tree[name].reshape(-1) for name in self.params])
+
+    def unflatten(self, v: Float[Tensor, " p"]) -> dict[str, Tensor]:
+        """A vector (p,) as a dict like the parameters."""
+        parts = v.split([value.numel() for value in self.params.values()])
+        return {name: part.view_as(value) for (name, value), part in zip(self.params.items(), parts)}
+
+    # ------------------------------------------------------------------ the network and its Jacobian
+
+    @_outside_inference_mode
+    def outputs(self, x: Tensor) -> Float[Tensor, "n o"]:
+        """f(x; θ₀), of shape (n, o)."""
+        _, memory = self._inspect(x)
+        with torch.set_grad_enabled(_differentiable(x)):
+            return torch.cat([self._call(self.params, part) for part in self._chunks(x, memory)])
+
+    @_outside_inference_mode
+    def jvp(self, x: Tensor, v: Tensor | Mapping[str, Tensor]) -> Float[Tensor, "n o"] | Float[Tensor, "n o k"]:
+        """J(x) v by forward mode: (n, o) for v (p,) or a dict like the parameters, (n, o, k) for v (p, k).
+
+        One pass forward for all k vectors of a chunk together (Appendix A).
+        """
+        v = self.flatten(v) if isinstance(v, Mapping) else v
+        if v.ndim not in (1, 2) or len(v) != self.num_params:
+            raise ValueError(f"v: expected ({self.num_params},) or ({self.num_params}, k), got {tuple(v.shape)}.")
+        self._require_same(v, "v")
+        _, memory = self._inspect(x)
+        columns = v.reshape(len(v), -1).T.contiguous()
+        k = len(columns)
+        size = self._size(x, memory * min(k, 64))
+
+        def directional(part: Tensor, direction: Tensor) -> Tensor:
+            return func_jvp(lambda p: self._call(p, part), (self.params,), (self.unflatten(direction),))[1]
+
+        blocks = []
+        with explained("jvp"), torch.set_grad_enabled(_differentiable(x)):
+            for part in x.split(size):
+                if k == 1:
+                    blocks.append(directional(part, columns[0])[..., None])
+                else:
+                    blocks.append(vmap(partial(directional, part), out_dims=-1, chunk_size=64)(columns))
+        product = torch.cat(blocks)
+        return product[..., 0] if v.ndim == 1 else product
+
+    @_outside_inference_mode
+    def vjp(self, x: Tensor, u: Tensor) -> Float[Tensor, " p"] | Float[Tensor, "p k"]:
+        """J(x)ᵀ u by reverse mode: (p,) for u (n, o), or (n,) with one output; (p, k) for u (n, o, k)."""
+        o, memory = self._inspect(x)
+        if u.ndim == 1 and o == 1:
+            u = u[:, None]
+        if u.ndim not in (2, 3) or u.shape[:2] != (len(x), o):
+            raise ValueError(f"u: expected ({len(x)}, {o}) or ({len(x)}, {o}, k), got {tuple(u.shape)}.")
+        self._require_same(u, "u")
+        k = 1 if u.ndim == 2 else u.shape[2]
+        size = self._size(x, memory * min(k, 64))
+        columns = max(1, min(k, 64, working_memory(x.device) // (2 * self.num_params * u.element_size())))
+        total = u.new_zeros(k, self.num_params)
+        with explained("vjp"), torch.set_grad_enabled(_differentiable(x)):
+            for part, weights in zip(x.split(size), u.reshape(len(x), o, k).split(size)):
+                pull = func_vjp(lambda p, part=part: self._call(p, part), self.params)[1]
+                back = lambda w, pull=pull: self.flatten(pull(w)[0])  # noqa: E731
+                if k == 1:
+                    total = total + back(weights[..., 0])
+                else:
+                    total = total + vmap(back, in_dims=-1, chunk_size=columns)(weights)
+        return total[0] if u.ndim == 2 else total.T
+
+    @_outside_inference_mode
+    def jacobian(self, x: Tensor) -> Float[Tensor, "no p"]:
+        """J(x), (n·o, p), in chunks of examples. For tests and small networks: nothing else here forms it whole."""
+        o, memory = self._inspect(x)
+        shape = (len(x) * o, self.num_params)
+        self._require_room(shape, "The Jacobian", "Use jvp, vjp or gram, which never form it.")
+        jacobian = x.new_empty(shape, dtype=self.dtype)
+        size = self._size(x, self._jacobian_bytes(o, memory))
+        for start in range(0, len(x), size):
+            rows = self._jacobian_chunk(x[start : start + size], None)
+            jacobian[start * o : start * o + rows.shape[0] * o] = rows.flatten(0, 1)
+        return jacobian
+
+    @_outside_inference_mode
+    def gram(
+        self, x: Tensor, x2: Tensor | None = None, *, output: int | None = None, trace: bool = False
+    ) -> Float[Tensor, "rows columns"]:
+        """The finite neural tangent kernel J(x) J(x2)ᵀ (Section 2.1), layer by layer where the network allows it.
+
+        Args:
+            x: (n, ...); x2: (m, ...), x itself unless given: then only one half is computed.
+            output: one output's kernel alone, (n, m).
+            trace: the sum of the outputs' kernels, (n, m).
+
+        Returns:
+            (n·o, m·o), row i·o + c for example i and output c. Differentiable in x and x2 if they require
+            gradients.
+        """
+        if trace and output is not None:
+            raise ValueError("output and trace: give one of them; trace sums over all outputs.")
+        o, memory = self._inspect(x)
+        if x2 is not None:
+            self._inspect(x2)
+        output = self._index(output, o)
+        per = o if output is None and not trace else 1  # rows of the result an example
+        symmetric = x2 is None
+        x2 = x if x2 is None else x2
+        shape = (len(x) * per, len(x2) * per)
+        self._require_room(shape, "The Gram matrix", "Use fewer points, or one output.")
+        out = x.new_zeros(shape, dtype=self.dtype)
+        features, size, held = self._features(x, o, memory, output)
+        for first in range(0, len(x), size * held):
+            left = {i: features(x[i : i + size]) for i in range(first, min(first + size * held, len(x)), size)}
+            for j in range(first if symmetric else 0, len(x2), size):
+                right = left[j] if symmetric and j in left else features(x2[j : j + size])
+                for i in left:
+                    if symmetric and i > j:
+                        continue
+                    rows, columns = slice(i * per, (i + size) * per), slice(j * per, (j + size) * per)
+                    gram_block(left[i], right, out[rows, columns], trace)
+                    if symmetric and i != j:
+                        out[columns, rows] = out[rows, columns].T
+        return out
+
+    @_outside_inference_mode
+    def diagonal(self, x: Tensor, *, output: int | None = None) -> Float[Tensor, " rows"]:
+        """The diagonal of J(x) J(x)ᵀ: the squared norms of the outputs' gradients, (n·o,), or one output's, (n,)."""
+        o, memory = self._inspect(x)
+        features, size, _ = self._features(x, o, memory, self._index(output, o))
+        norms = []
+        for start in range(0, len(x), size):
+            part = features(x[start : start + size])
+            norms.append(gram_diagonal(part))
+        return torch.cat(norms).reshape(-1)
+
+    # ------------------------------------------------------------------ inside
+
+    def _raw(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(self.net, ({**self.constants, **params},), (x,))
+
+    def _call(self, params: Mapping[str, Tensor], x: Tensor) -> Float[Tensor, "n o"]:
+        outputs = self._raw(params, x)
+        return outputs[:, None] if outputs.ndim == 1 else outputs
+
+    def _features(self, x: Tensor, o: int, memory: int, output: int | None):
+        """What a Gram block is made from: a function of a chunk of examples that gives its layers' features, or its
+        Jacobian's rows (n, o, p) where no layer rule applies; the chunk size; how many chunks to keep at once."""
+        layers = find_layers(self.net, self._call, self.params, x[:1].detach())
+        o = o if output is None else 1
+        itemsize = next(iter(self.params.values())).element_size()
+        if layers is None:
+            size = self._size(x, self._jacobian_bytes(o, memory))
+            kept = o * self.num_params * itemsize
+            features = partial(self._jacobian_chunk, output=output)
+        else:
+            kept = sum(layer.module.in_features + o * layer.module.out_features for layer in layers) * itemsize
+            size = self._size(x, 2 * memory + kept)
+            if self.chunk_size is None:  # the products of two chunks are (size·o)² numbers
+                size = min(size, max(1, int((working_memory(x.device) / (4 * itemsize)) ** 0.5) // o))
+            features = partial(layer_features, self._call, layers, self.params, output=output)
+        return features, size, max(1, total_memory(x.device) // 8 // (kept * size))
+
+    def _jacobian_chunk(self, x: Tensor, output: int | None = None) -> Float[Tensor, "n o p"]:
+        select = slice(None) if output is None else slice(output, output + 1)
+
+        def rows(example: Tensor) -> Tensor:
+            derivatives = jacrev(lambda p: self._call(p, example[None])[0, select])(self.params)
+            return torch.cat([derivatives[name].flatten(1) for name in self.params], dim=1)
+
+        with explained("jacobian"), torch.set_grad_enabled(_differentiable(x)):
+            return vmap(rows)(x)
+
+    def _jacobian_bytes(self, o: int, memory: int) -> int:
+        """Working memory of one example's Jacobian: the rows, torch's own copy of them, and o backward passes."""
+        return 3 * o * self.num_params * next(iter(self.params.values())).element_size() + (o + 1) * memory
+
+    def _size(self, x: Tensor, bytes_per_example: int) -> int:
+        return self.chunk_size or max(1, min(len(x), working_memory(x.device) // max(1, bytes_per_example)))
+
+    def _chunks(self, x: Tensor, bytes_per_example: int) -> tuple[Tensor, ...]:
+        return x.split(self._size(x, bytes_per_example))
+
+    def _index(self, output: int | None, o: int) -> int | None:
+        if output is not None and not -o <= output < o:
+            raise ValueError(f"output: the network has {o} outputs, got index {output}.")
+        return None if output is None else output % o
+
+    def _require_room(self, shape: tuple[int, int], what: str, instead: str) -> None:
+        nbytes = shape[0] * shape[1] * next(iter(self.params.values())).element_size()
+        require_memory(nbytes, self.device, f"{what} of {shape[0]:,} x {shape[1]:,} {self.dtype}", instead)
+
+    def _require_same(self, tensor: Tensor, name: str) -> None:
+        if tensor.device != self.device or (tensor.is_floating_point() and tensor.dtype != self.dtype):
+            raise ValueError(
+                f"{name}: expected {self.dtype} on {self.device}, like the network's parameters; got {tensor.dtype} on "
+                f"{tensor.device}. Convert it, or the linearisation with .to(device=..., dtype=...)."
+            )
+
+    def _inspect(self, x: Tensor) -> tuple[int, int]:
+        """Check inputs and network; return the number of outputs and the bytes of one example's forward pass."""
+        if not isinstance(x, Tensor) or x.ndim == 0 or len(x) == 0:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x: expected a tensor (n, ...) with at least one example, got {got}.")
+        self._require_same(x, "x")
+        if x.is_floating_point() and torch.isnan(x).any():
+            where = torch.isnan(x).flatten(1).any(1) if x.ndim > 1 else torch.isnan(x)
+            raise ValueError(f"x: {int(where.sum())} of {len(x)} examples hold NaN. Leave them out, or fill them in.")
+        require_pure(self.net)
+        return probe(self._raw, self.params, x[:1].detach())
+
+
+def _differentiable(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
