@@ -1,0 +1,139 @@
+"""What a claim is, what a measurement of it is, and the one rule that turns the two into a verdict."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+REPRODUCED, PARTLY, NOT_REPRODUCED = "reproduced", "partly", "not reproduced"
+NOT_EVALUATED = "not evaluated"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper and the criterion by which it is judged.
+
+    Attributes:
+        id: its name in the notebooks, lower case with hyphens.
+        chapter: the chapter that measures it, such as ``"02_sinusoids"``.
+        place: where the paper makes it, such as ``"Section 3, Figure 1"``.
+        sentence: the claim, in one sentence.
+        quantity: what is measured, with its unit.
+        direction: ``"<"`` or ``">"`` a threshold, or ``"in"`` a closed interval.
+        threshold: one number, or (low, high) for ``"in"``.
+        paper_value: what the paper reports, as text; an empty text when it gives no number.
+    """
+
+    id: str
+    chapter: str
+    place: str
+    sentence: str
+    quantity: str
+    direction: Literal["<", ">", "in"]
+    threshold: float | tuple[float, float]
+    paper_value: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.direction == "in") != isinstance(self.threshold, tuple) or self.direction not in ("<", ">", "in"):
+            raise ValueError(
+                f"claim {self.id!r}: direction '<' or '>' goes with one threshold, 'in' with (low, high); "
+                f"got {self.direction!r} with {self.threshold!r}"
+            )
+
+    @property
+    def criterion(self) -> str:
+        """The criterion in a few characters, such as ``< 0``."""
+        if isinstance(self.threshold, tuple):
+            return f"in [{self.threshold[0]:g}, {self.threshold[1]:g}]"
+        return f"{self.direction} {self.threshold:g}"
+
+    def meets(self, value: float) -> bool:
+        """Whether a value meets the criterion."""
+        if isinstance(self.threshold, tuple):
+            return self.threshold[0] <= value <= self.threshold[1]
+        return value < self.threshold if self.direction == "<" else value > self.threshold
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured for a claim, on which data, and the verdict. All fields are JSON's own types."""
+
+    claim: str
+    criterion: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    profile: str
+    data: str
+    description: str
+    stand_in: bool
+    note: str
+    verdict: str
+
+    @property
+    def text(self) -> str:
+        """The value with its 95 % interval."""
+        if self.value is None:
+            return "not measured"
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def judge(
+    claim: Claim,
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    *,
+    profile: str,
+    stand_in: bool,
+) -> str:
+    """The verdict, by the one rule for all claims.
+
+    *Reproduced* when the whole 95 % interval [low, high] meets the criterion, *partly* when only the value does, *not
+    reproduced* otherwise; *not evaluated* on a stand-in for the data, in the quick profile, or without a measurement.
+    """
+    if value is None or low is None or high is None or stand_in or profile == "quick":
+        return NOT_EVALUATED
+    if claim.meets(low) and claim.meets(high):
+        return REPRODUCED
+    return PARTLY if claim.meets(value) else NOT_REPRODUCED
+
+
+def make_record(
+    claim: Claim,
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    provenance: Any,
+    profile: str,
+    n: int,
+    note: str = "",
+) -> Record:
+    """A record with its verdict; arguments as in :func:`ntkbook.publish.claims.record`."""
+    numbers = (value, low, high)
+    if value is None:
+        if low is not None or high is not None:
+            raise ValueError(f"claim {claim.id!r}: an interval [{low}, {high}] came without a value; give all or none")
+    elif low is None or high is None or not all(math.isfinite(float(v)) for v in numbers if v is not None):
+        raise ValueError(
+            f"claim {claim.id!r}: expected a finite value with a finite 95 % interval, got {value} [{low}, {high}]; "
+            "pass None for all three when nothing was measured"
+        )
+    elif not low <= value <= high:
+        raise ValueError(f"claim {claim.id!r}: the value {value} lies outside its interval [{low}, {high}]")
+    value, low, high = (None if v is None else float(v) for v in numbers)
+    stand_in = bool(provenance.is_stand_in)
+    return Record(
+        claim=claim.id,
+        criterion=claim.criterion,
+        value=value,
+        low=low,
+        high=high,
+        n=int(n),
+        profile=profile,
+        data=provenance.name,
+        description=provenance.description,
+        stand_in=stand_in,
+        note=note,
+        verdict=judge(claim, value, low, high, profile=profile, stand_in=stand_in),
+    )
