@@ -1,0 +1,54 @@
+"""The stations of the US Historical Climatology Network: the committed Midwest ones, or all from NOAA's list."""
+
+import csv
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from .sources import REGISTRY, obtain
+
+LIST = "ghcnd-stations.txt"
+
+
+def midwest() -> dict[str, str]:
+    """Id -> name of the 140 USHCN stations in Illinois, Indiana, Iowa, Nebraska and Ohio that the book uses."""
+    text = resources.files(__package__).joinpath("midwest_stations.csv").read_text(encoding="utf-8")
+    return {row["id"]: f"{row['name'] or row['id']}, {row['state']}" for row in csv.DictReader(text.splitlines())}
+
+
+def network(path: Path) -> dict[str, str]:
+    """Id -> name of all stations that NOAA's list marks as part of the network (flag HCN)."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # fixed columns: 1-11 id, 39-40 state, 42-71 name, 77-79 flag
+    found = {s[:11]: f"{s[41:71].strip().title()}, {s[38:40]}" for s in lines if s[76:79] == "HCN"}
+    if not found:
+        raise ValueError(f"expected NOAA's list of stations with flag HCN in columns 77-79; {path} has none")
+    return found
+
+
+def resolve(
+    stations: str | Sequence[str], data_dir: str | Path | None = None, progress: bool = True
+) -> dict[str, str]:
+    """Id -> name of the stations asked for.
+
+    Args:
+        stations: "midwest", "all" (NOAA's list is looked up, and downloaded where needed), one id or several.
+        data_dir, progress: as for `sources.obtain`.
+
+    Raises:
+        ValueError: no station, one twice, or what can be no station's id.
+        DataNotFoundError, DownloadError: for "all", as `sources.obtain`.
+    """
+    if isinstance(stations, str) and stations == "midwest":
+        return midwest()
+    if isinstance(stations, str) and stations == "all":
+        return network(obtain(REGISTRY["stations"], [LIST], data_dir, progress)[LIST])
+    ids = [stations] if isinstance(stations, str) else list(stations)
+    wrong = [one for one in ids if not re.fullmatch(r"[A-Z]{2}[A-Z0-9_-]{9}", str(one))]
+    if wrong or not ids:
+        raise ValueError(f'expected "midwest", "all" or ids like "USC00116579" (11 characters); got {wrong or stations!r}')
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"expected each station once; got {ids}")
+    known = midwest()
+    return {one: known.get(one, one) for one in ids}
