@@ -1,7 +1,29 @@
 """Linearised neural networks as Gaussian processes, in PyTorch and GPyTorch."""
 
-from ntkbook.gp import NTKGP, Posterior
-from ntkbook.kernel import NTKKernel
-from ntkbook.linearize import Linearization
+import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ntkbook.gp import NTKGP, Posterior
+    from ntkbook.kernel import NTKKernel
+    from ntkbook.linearize import Linearization
 
 __all__ = ["NTKGP", "Linearization", "NTKKernel", "Posterior"]
+__version__ = "0.1.0"
+
+_HOMES = {"Linearization": "linearize", "NTKKernel": "kernel", "NTKGP": "gp", "Posterior": "gp"}
+
+# linear_operator compiles one function at import in a way that torch 2.15 warns about; its users can do nothing about it.
+warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, so that the command line, which needs no torch, answers at once.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ntkbook' has no attribute {name!r}: it has {', '.join(__all__)}")
+    return getattr(import_module(f"ntkbook.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,22 @@ from torch import Tensor, nn
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
 RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
+
+
+def outside_inference_mode(method: Callable) -> Callable:
+    """Derivatives need autograd, which inference mode turns off for good inside it: leave it, with copies of tensors."""
+
+    def normal(value):
+        if isinstance(value, Mapping):
+            return {name: normal(entry) for name, entry in value.items()}
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+    @wraps(method)
+    def wrapped(self, *args, **kwargs):
+        with torch.inference_mode(False):
+            return method(self, *map(normal, args), **normal(kwargs))
+
+    return wrapped
 
 
 def require_pure(net: nn.Module) -> None:
@@ -74,7 +91,13 @@ def _rng_states(cuda: list[torch.device]) -> list[Tensor]:
 
 @contextmanager
 def explained(method: str) -> Iterator[None]:
-    """Say what to do where torch.func meets an operation that it cannot transform."""
+    """Say what to do where torch.func meets an operation that it cannot transform.
+
+    The fused nn.TransformerEncoderLayer and nn.MultiheadAttention of evaluation, which have no derivatives, are off
+    inside; the fused kernels of functional.scaled_dot_product_attention are the caller's choice, and stay.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
@@ -91,3 +114,5 @@ def explained(method: str) -> Iterator[None]:
                 "a constant, .item() or an if on a tensor's value, a buffer updated in forward."
             ) from error
         raise
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

@@ -1,7 +1,7 @@
 """A network linearised at its parameters: products with its Jacobian, and the finite neural tangent kernel."""
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial, wraps
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -10,21 +10,9 @@ from torch.func import functional_call, jacrev, vmap
 from torch.func import jvp as func_jvp
 from torch.func import vjp as func_vjp
 
-from ntkbook.checks import explained, probe, require_pure
+from ntkbook.checks import explained, outside_inference_mode, probe, require_pure
 from ntkbook.gram import find_layers, gram_block, gram_diagonal, layer_features
 from ntkbook.memory import require_memory, total_memory, working_memory
-
-
-def _outside_inference_mode(method: Callable) -> Callable:
-    """Derivatives need autograd, which inference mode turns off for good inside it."""
-
-    @wraps(method)
-    def wrapped(self, x, *args, **kwargs):
-        with torch.inference_mode(False):
-            tensors = [t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, *args)]
-            return method(self, *tensors, **kwargs)
-
-    return wrapped
 
 
 class Linearization:
@@ -49,6 +37,7 @@ class Linearization:
         MemoryError: a result that cannot fit.
     """
 
+    @outside_inference_mode
     def __init__(
         self,
         net: nn.Module,
@@ -100,6 +89,7 @@ class Linearization:
     def device(self) -> torch.device:
         return next(iter(self.params.values())).device
 
+    @outside_inference_mode
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Linearization":
         """The same linearisation on another device or in another precision; the network stays as it is."""
         other = object.__new__(Linearization)
@@ -123,14 +113,14 @@ class Linearization:
 
     # ------------------------------------------------------------------ the network and its Jacobian
 
-    @_outside_inference_mode
+    @outside_inference_mode
     def outputs(self, x: Tensor) -> Float[Tensor, "n o"]:
         """f(x; θ₀), of shape (n, o)."""
         _, memory = self._inspect(x)
         with torch.set_grad_enabled(_differentiable(x)):
             return torch.cat([self._call(self.params, part) for part in self._chunks(x, memory)])
 
-    @_outside_inference_mode
+    @outside_inference_mode
     def jvp(self, x: Tensor, v: Tensor | Mapping[str, Tensor]) -> Float[Tensor, "n o"] | Float[Tensor, "n o k"]:
         """J(x) v by forward mode: (n, o) for v (p,) or a dict like the parameters, (n, o, k) for v (p, k).
 
@@ -143,13 +133,13 @@ class Linearization:
         _, memory = self._inspect(x)
         columns = v.reshape(len(v), -1).T.contiguous()
         k = len(columns)
-        size = self._size(x, memory * min(k, 64))
+        size = self._size(len(x), memory * min(k, 64))
 
         def directional(part: Tensor, direction: Tensor) -> Tensor:
             return func_jvp(lambda p: self._call(p, part), (self.params,), (self.unflatten(direction),))[1]
 
         blocks = []
-        with explained("jvp"), torch.set_grad_enabled(_differentiable(x)):
+        with explained("jvp"), torch.set_grad_enabled(_differentiable(x, v)):
             for part in x.split(size):
                 if k == 1:
                     blocks.append(directional(part, columns[0])[..., None])
@@ -158,7 +148,7 @@ class Linearization:
         product = torch.cat(blocks)
         return product[..., 0] if v.ndim == 1 else product
 
-    @_outside_inference_mode
+    @outside_inference_mode
     def vjp(self, x: Tensor, u: Tensor) -> Float[Tensor, " p"] | Float[Tensor, "p k"]:
         """J(x)ᵀ u by reverse mode: (p,) for u (n, o), or (n,) with one output; (p, k) for u (n, o, k)."""
         o, memory = self._inspect(x)
@@ -168,10 +158,10 @@ class Linearization:
             raise ValueError(f"u: expected ({len(x)}, {o}) or ({len(x)}, {o}, k), got {tuple(u.shape)}.")
         self._require_same(u, "u")
         k = 1 if u.ndim == 2 else u.shape[2]
-        size = self._size(x, memory * min(k, 64))
+        size = self._size(len(x), memory * min(k, 64))
         columns = max(1, min(k, 64, working_memory(x.device) // (2 * self.num_params * u.element_size())))
         total = u.new_zeros(k, self.num_params)
-        with explained("vjp"), torch.set_grad_enabled(_differentiable(x)):
+        with explained("vjp"), torch.set_grad_enabled(_differentiable(x, u)):
             for part, weights in zip(x.split(size), u.reshape(len(x), o, k).split(size)):
                 pull = func_vjp(lambda p, part=part: self._call(p, part), self.params)[1]
                 back = lambda w, pull=pull: self.flatten(pull(w)[0])  # noqa: E731
@@ -181,20 +171,20 @@ class Linearization:
                     total = total + vmap(back, in_dims=-1, chunk_size=columns)(weights)
         return total[0] if u.ndim == 2 else total.T
 
-    @_outside_inference_mode
+    @outside_inference_mode
     def jacobian(self, x: Tensor) -> Float[Tensor, "no p"]:
         """J(x), (n·o, p), in chunks of examples. For tests and small networks: nothing else here forms it whole."""
         o, memory = self._inspect(x)
         shape = (len(x) * o, self.num_params)
         self._require_room(shape, "The Jacobian", "Use jvp, vjp or gram, which never form it.")
         jacobian = x.new_empty(shape, dtype=self.dtype)
-        size = self._size(x, self._jacobian_bytes(o, memory))
+        size = self._size(len(x), self._jacobian_bytes(o, memory))
         for start in range(0, len(x), size):
             rows = self._jacobian_chunk(x[start : start + size], None)
             jacobian[start * o : start * o + rows.shape[0] * o] = rows.flatten(0, 1)
         return jacobian
 
-    @_outside_inference_mode
+    @outside_inference_mode
     def gram(
         self, x: Tensor, x2: Tensor | None = None, *, output: int | None = None, trace: bool = False
     ) -> Float[Tensor, "rows columns"]:
@@ -221,7 +211,7 @@ class Linearization:
         shape = (len(x) * per, len(x2) * per)
         self._require_room(shape, "The Gram matrix", "Use fewer points, or one output.")
         out = x.new_zeros(shape, dtype=self.dtype)
-        features, size, held = self._features(x, o, memory, output)
+        features, size, held = self._features(x, max(len(x), len(x2)), o, memory, output)
         for first in range(0, len(x), size * held):
             left = {i: features(x[i : i + size]) for i in range(first, min(first + size * held, len(x)), size)}
             for j in range(first if symmetric else 0, len(x2), size):
@@ -235,11 +225,11 @@ class Linearization:
                         out[columns, rows] = out[rows, columns].T
         return out
 
-    @_outside_inference_mode
+    @outside_inference_mode
     def diagonal(self, x: Tensor, *, output: int | None = None) -> Float[Tensor, " rows"]:
         """The diagonal of J(x) J(x)ᵀ: the squared norms of the outputs' gradients, (n·o,), or one output's, (n,)."""
         o, memory = self._inspect(x)
-        features, size, _ = self._features(x, o, memory, self._index(output, o))
+        features, size, _ = self._features(x, len(x), o, memory, self._index(output, o))
         norms = []
         for start in range(0, len(x), size):
             part = features(x[start : start + size])
@@ -249,25 +239,26 @@ class Linearization:
     # ------------------------------------------------------------------ inside
 
     def _raw(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(self.net, ({**self.constants, **params},), (x,))
+        # A copy of x, for networks that begin by working on it in place.
+        return functional_call(self.net, ({**self.constants, **params},), (x.clone(),))
 
     def _call(self, params: Mapping[str, Tensor], x: Tensor) -> Float[Tensor, "n o"]:
         outputs = self._raw(params, x)
         return outputs[:, None] if outputs.ndim == 1 else outputs
 
-    def _features(self, x: Tensor, o: int, memory: int, output: int | None):
+    def _features(self, x: Tensor, n: int, o: int, memory: int, output: int | None):
         """What a Gram block is made from: a function of a chunk of examples that gives its layers' features, or its
         Jacobian's rows (n, o, p) where no layer rule applies; the chunk size; how many chunks to keep at once."""
         layers = find_layers(self.net, self._call, self.params, x[:1].detach())
         o = o if output is None else 1
         itemsize = next(iter(self.params.values())).element_size()
         if layers is None:
-            size = self._size(x, self._jacobian_bytes(o, memory))
+            size = self._size(n, self._jacobian_bytes(o, memory))
             kept = o * self.num_params * itemsize
             features = partial(self._jacobian_chunk, output=output)
         else:
             kept = sum(layer.module.in_features + o * layer.module.out_features for layer in layers) * itemsize
-            size = self._size(x, 2 * memory + kept)
+            size = self._size(n, 2 * memory + kept)
             if self.chunk_size is None:  # the products of two chunks are (size·o)² numbers
                 size = min(size, max(1, int((working_memory(x.device) / (4 * itemsize)) ** 0.5) // o))
             features = partial(layer_features, self._call, layers, self.params, output=output)
@@ -287,11 +278,11 @@ class Linearization:
         """Working memory of one example's Jacobian: the rows, torch's own copy of them, and o backward passes."""
         return 3 * o * self.num_params * next(iter(self.params.values())).element_size() + (o + 1) * memory
 
-    def _size(self, x: Tensor, bytes_per_example: int) -> int:
-        return self.chunk_size or max(1, min(len(x), working_memory(x.device) // max(1, bytes_per_example)))
+    def _size(self, n: int, bytes_per_example: int) -> int:
+        return self.chunk_size or max(1, min(n, working_memory(self.device) // max(1, bytes_per_example)))
 
     def _chunks(self, x: Tensor, bytes_per_example: int) -> tuple[Tensor, ...]:
-        return x.split(self._size(x, bytes_per_example))
+        return x.split(self._size(len(x), bytes_per_example))
 
     def _index(self, output: int | None, o: int) -> int | None:
         if output is not None and not -o <= output < o:
@@ -322,5 +313,5 @@ class Linearization:
         return probe(self._raw, self.params, x[:1].detach())
 
 
-def _differentiable(x: Tensor) -> bool:
-    return x.requires_grad and torch.is_grad_enabled()
+def _differentiable(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

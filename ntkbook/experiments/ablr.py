@@ -7,7 +7,7 @@ the source, α and σ² by the marginal likelihood of each task's own context.
 
 from copy import deepcopy
 from math import isfinite, log
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -115,7 +115,7 @@ class ABLR:
         self.noise_floor = noise_floor
         self.result: OptimizeResult | None = None
 
-    def fit(self, x: Float[Tensor, "n d"], y: Float[Tensor, "n"], max_iter: int = 500) -> Self:
+    def fit(self, x: Float[Tensor, "n d"], y: Float[Tensor, "n"], max_iter: int = 500) -> "ABLR":
         """Features, α and σ² by the marginal likelihood of the source, by L-BFGS (Perrone et al., Section 3.2).
 
         Args:
@@ -160,7 +160,7 @@ class ABLR:
 
     @torch.no_grad()
     def predict(
-        self, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*tasks m d"]
+        self, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*others m d"]
     ) -> Prediction:
         """Predictions (T, m), with α and σ² fitted on each task's context. Arguments and errors as for `groups`."""
         mean = y.new_full((len(y), x_star.shape[-2]), torch.nan, dtype=torch.float64)

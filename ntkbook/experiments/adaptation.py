@@ -49,6 +49,6 @@ class NTK:
                     self.gp.fit(group.x, group.y[batch[0]])
                 rows = [group.rows[i] for i in batch]
                 posterior = self.gp.condition_tasks(group.x, group.y[batch])
-                mean[rows] = posterior.mean(group.x_star)
-                variance[rows] = posterior.variance(group.x_star) + self.gp.noise
+                mean[rows] = posterior.mean(group.x_star).to(mean)
+                variance[rows] = posterior.variance(group.x_star).to(mean) + self.gp.noise
         return Prediction(mean, variance)

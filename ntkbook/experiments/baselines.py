@@ -7,7 +7,7 @@ the network's dtype.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Self, cast
+from typing import NamedTuple, cast
 
 import gpytorch
 import torch
@@ -52,7 +52,7 @@ class Group(NamedTuple):
 
 
 def groups(
-    x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*tasks m d"]
+    x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*others m d"]
 ) -> Iterator[Group]:
     """Tasks sorted by what they have observed, in float64, so that those with the same inputs share their work.
 
@@ -90,7 +90,7 @@ class SourceNetwork:
         self.net = net
 
     def predict(
-        self, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*tasks m d"]
+        self, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*others m d"]
     ) -> Prediction:
         """Predictions (T, m) without adaptation. Arguments and errors as for `groups`; y only sets the variance."""
         return _predict_networks([self.net] * len(y), x, y, x_star)
@@ -112,7 +112,7 @@ class FineTuning:
         self.net, self.settings = net, settings
 
     def predict(
-        self, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*tasks m d"]
+        self, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*others m d"]
     ) -> Prediction:
         """Predictions (T, m) after training on the context. Arguments and errors as for `groups` and `train`."""
         net, settings = self.net, dict(self.settings)
@@ -208,7 +208,7 @@ class IndependentRBF:
         self.progress, self.settings = progress, settings
 
     def predict(
-        self, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*tasks m d"]
+        self, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*others m d"]
     ) -> Prediction:
         """Predictions (T, m), hyperparameters fitted a task. Arguments and errors as for `groups`."""
         mean = y.new_full((len(y), x_star.shape[-2]), torch.nan, dtype=torch.float64)
@@ -237,14 +237,14 @@ class SharedRBF:
 
     gp: SingleTaskGP | None = None
 
-    def fit(self, x: Float[Tensor, "n d"], y: Float[Tensor, "n"], **settings) -> Self:
+    def fit(self, x: Float[Tensor, "n d"], y: Float[Tensor, "n"], **settings) -> "SharedRBF":
         """Fit the hyperparameters on the source task. Arguments and errors as for `fit_rbf`; NaN in y is left out."""
         observed = ~y.isnan()
         self.gp = fit_rbf(x[observed], y[observed], **settings)
         return self
 
     def predict(
-        self, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*tasks m d"]
+        self, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*others m d"]
     ) -> Prediction:
         """Predictions (T, m) with the source's hyperparameters. Arguments and errors as for `groups`."""
         if self.gp is None:

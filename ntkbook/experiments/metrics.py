@@ -109,3 +109,16 @@ def _check_variance(variance: Tensor) -> None:
         raise ValueError(
             f"predictive variances must be positive, got {variance.min().item():.3g}: add the noise's variance"
         )
+
+
+def table(
+    mean: Float[Tensor, "T m"], variance: Float[Tensor, "T m"], y: Float[Tensor, "T m"]
+) -> list[dict[str, float]]:
+    """The three metrics of T tasks as rows {"task", "rmse", "nll", "coverage"}; NaN where there is no prediction."""
+    rows = []
+    for t in range(len(y)):
+        one = (mean[t], variance[t], y[t])
+        failed = bool(mean[t].isnan().any())
+        values = [torch.nan] * 3 if failed else [float(rmse(one[0], one[2])), float(nll(*one)), float(coverage(*one))]
+        rows.append({"task": t, **dict(zip(("rmse", "nll", "coverage"), values))})
+    return rows

@@ -30,7 +30,7 @@ class DivergenceError(ArithmeticError):
 def train(
     nets: Nets,
     x: Float[Tensor, "*tasks n d"],
-    y: Float[Tensor, "*tasks n o"],
+    y: Float[Tensor, "*others n o"],
     *,
     lr: float,
     epochs: int,
@@ -96,7 +96,7 @@ def train(
     velocity = {name: torch.zeros_like(p) for name, p in trained.items()}
     loss = like.new_empty(count, epochs)
     rows = torch.arange(count, device=x.device)[:, None]
-    total = observed.sum((1, 2))
+    total = observed.sum((1, 2), dtype=like.dtype)
     bar = tqdm(range(epochs), desc=description, unit="epoch", disable=None if progress is None else not progress)
     for epoch in bar:
         x_epoch, y_epoch, seen = x, y, observed
@@ -105,7 +105,7 @@ def train(
             x_epoch, y_epoch, seen = x[rows, order], y[rows, order], observed[rows, order]
         summed = like.new_zeros(count)
         for batch in zip(*(part.split(batch_size, dim=1) for part in (x_epoch, y_epoch, seen))):
-            counted = batch[2].sum((1, 2))
+            counted = batch[2].sum((1, 2), dtype=like.dtype)
             weight = batch[2] / counted.clamp(min=1)[:, None, None]
             gradients, value = gradient(trained, fixed, batch[0], batch[1], weight)
             for name, parameter in trained.items():
@@ -139,7 +139,7 @@ def _check_modes(nets: Sequence[nn.Module]) -> None:
 
 
 def check_data(
-    tasks: int, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "*tasks n o"]
+    tasks: int, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "*others n o"]
 ) -> tuple[Float[Tensor, "T n d"], Float[Tensor, "T n o"], Bool[Tensor, "T n o"]]:
     for name, value in (("x", x), ("y", y)):
         if value.ndim not in (2, 3) or (value.ndim == 3 and value.shape[0] != tasks) or value.shape[-2] == 0:

@@ -209,7 +209,8 @@ def collect_data(notebook: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 def glued_json(notebook: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """Everything stored as JSON in an executed notebook, by name."""
-    return {name: data["application/json"] for name, data in glued(notebook).items() if "application/json" in data}
+    texts = {name: data.get("text/plain", "") for name, data in glued(notebook).items()}
+    return {name: json.loads(text) for name, text in texts.items() if text.startswith("{")}
 
 
 def glued(notebook: str | Path | Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -270,4 +271,6 @@ def _display(data: dict[str, Any]) -> None:
 def _glue(name: str, value: Any) -> None:
     from myst_nb import glue
 
-    glue(name, value if isinstance(value, str) else Bundle({"application/json": value}), display=False)
+    # JSON goes as text: nbformat takes an object only under the bare type application/json, and glue puts a prefix before it.
+    stored = value if isinstance(value, str) else Bundle({"text/plain": json.dumps(value, ensure_ascii=False)})
+    glue(name, stored, display=False)

@@ -73,7 +73,7 @@ def download(jobs: list[Job], root: Path, progress: bool = True) -> None:
     failed: dict[str, str] = {}
     bar = tqdm(total=0, unit="B", unit_scale=True, desc=f"{len(jobs)} files", disable=not progress)
     with filelock.FileLock(root / ".lock"), requests.Session() as session, bar:
-        session.headers |= {"User-Agent": "ntkbook", "Accept-Encoding": "identity"}
+        session.headers.update({"User-Agent": "ntkbook", "Accept-Encoding": "identity"})
         transfer = Transfer(session, bar)
         pool = ThreadPoolExecutor(CONNECTIONS)
         try:

@@ -14,10 +14,11 @@ import zlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet
 from tqdm import tqdm
@@ -36,6 +37,7 @@ COLUMNS = {
     "s_flag": pa.string(),
     "time": pa.string(),
 }
+pc: Any = pyarrow.compute  # makes its functions as it is imported, which a type checker does not see
 FORMAT = 1  # of the columnar cache: to be raised when what is kept, or how it is computed, changes
 log = logging.getLogger(__name__)
 
@@ -71,29 +73,24 @@ def daily(path: Path, years: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"{path} is no GHCN-Daily by_station file ({error}): delete it and get it again") from error
     if table.num_rows and pc.unique(table["id"]).to_pylist() != [station]:
         raise ValueError(f"{path} should have rows of {station} only: delete it and get it again")
-    usable = pc.and_(pc.equal(table["element"], "PRCP"), pc.equal(table["q_flag"], ""))
-    usable = pc.and_(usable, pc.not_equal(table["value"], -9999))  # -9999: missing
-    usable = pc.and_(usable, pc.not_equal(pc.subtract(table["date"], pc.multiply(_year(table), 10000)), 229))
-    usable = pc.and_(usable, pc.and_(pc.greater_equal(_year(table), years[0]), pc.less_equal(_year(table), years[1])))
-    table = table.filter(usable)
+    # upstream files have all elements of a century or more: strings are compared by Arrow, the few rows left by numpy
+    table = table.filter(pc.and_(pc.equal(table["element"], "PRCP"), pc.equal(table["q_flag"], "")))
     date, value = table["date"].to_numpy(), table["value"].to_numpy()
-    month, day = date // 100 % 100, date % 100
+    year, month, day = date // 10000, date // 100 % 100, date % 100
+    usable = (year >= years[0]) & (year <= years[1]) & (date % 10000 != 229) & (value != -9999)  # -9999: missing
+    date, value, year, month, day = (column[usable] for column in (date, value, year, month, day))
     ok = (month >= 1) & (month <= 12)
     ok[ok] &= (day[ok] >= 1) & (day[ok] <= MONTH_LENGTH[month[ok] - 1])
     if not ok.all() or (value < 0).any():
         row = int(np.argmin(ok & (value >= 0)))
         raise ValueError(f"{path}: expected dates YYYYMMDD and PRCP >= 0; got {date[row]}, {value[row]}")
     n_years = years[1] - years[0] + 1
-    cell = (date // 10000 - years[0]) * 365 + MONTH_START[month - 1] + day - 1
+    cell = (year - years[0]) * 365 + MONTH_START[month - 1] + day - 1
     if len(np.unique(cell)) < len(cell):
         raise ValueError(f"{path} has a day twice: delete it and get it again")
     mm = np.full(n_years * 365, np.nan)
     mm[cell] = value / 10
     return mm.reshape(n_years, 365)
-
-
-def _year(table: pa.Table) -> pa.ChunkedArray:
-    return pc.divide(table["date"], 10000)
 
 
 def average(mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -182,6 +179,8 @@ def seattle(path: Path, sha256: str | None) -> dict[int, np.ndarray]:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError(f"{path} should have sha256 {sha256}: install vega_datasets==0.9.0, whose file it is")
     table = pyarrow.csv.read_csv(pa.BufferReader(data))
-    dates, values = table["date"].to_pylist(), table["precipitation"].to_numpy()
-    keep = [(date.month, date.day) != (2, 29) for date in dates] if False else None
-    raise NotImplementedError(keep, values)
+    mm: dict[int, list[float]] = {}
+    for date, value in zip(table["date"].to_pylist(), table["precipitation"].to_pylist(), strict=True):
+        if not date.endswith("/02/29"):
+            mm.setdefault(int(date[:4]), []).append(value)
+    return {year: np.array(values) for year, values in mm.items()}

@@ -1,7 +1,8 @@
 """Precipitation a calendar day, averaged over years (Section 4 and Appendix F of the paper).
 
-The paper's data is of the US Historical Climatology Network; its counts (300 training and 65 test points at each of 1,209
-locations) imply one value a day of the year, an average over years, which it does not name. 29 February is left out.
+The paper's data is of the US Historical Climatology Network; its counts (300 training and 65 test points at each
+of 1,209 locations) imply one value a day of the year, an average over years, which it does not name. 29 February
+is left out.
 """
 
 from collections.abc import Sequence
@@ -75,8 +76,8 @@ class Precipitation:
         """The first `n_train` days for training, the others for testing, standardised (n - 1 in the deviations).
 
         Raises:
-            ValueError: `n_train` leaves no two days to train on or none to test on, or a station's training days have no
-                two different values to standardise by.
+            ValueError: `n_train` leaves no two days to train on or none to test on, or a station's training days
+                have no two different values to standardise by.
         """
         if not 2 <= n_train < 365:
             raise ValueError(f"expected 2 to 364 training days; got {n_train}")
@@ -88,8 +89,8 @@ class Precipitation:
         bad = [one for one, s in zip(self.ids, scale.tolist(), strict=True) if not 0 < s < float("inf")]
         if bad:
             raise ValueError(
-                f"expected two different values among the first {n_train} days of each station, to standardise by; not so "
-                f"at {', '.join(bad[:5])}. Leave {'it' if len(bad) == 1 else 'them'} out with select(), or take more years"
+                f"expected two different values among the first {n_train} days of each station, to standardise by; "
+                f"not so at {', '.join(bad[:5])}. Leave out what is not so with select(), or take more years"
             )
         days = self.day[:n_train]
         x = ((self.day - days.mean()) / days.std())[:, None]
@@ -108,8 +109,8 @@ def load_precipitation(
 ) -> Precipitation:
     """Loads precipitation, from disk where it is, else by download, else (`source="auto"`) the embedded stand-in.
 
-    The stand-in, daily precipitation in Seattle with each of the years 2012 to 2015 a task, is taken only for "midwest" or
-    "all", only where not one of the files could be had, and says so in its provenance.
+    The stand-in, daily precipitation in Seattle with each of the years 2012 to 2015 a task, is taken only for
+    "midwest" or "all", only where not one of the files could be had, and says so in its provenance.
 
     Args:
         stations: "midwest" (the 140 of the book), "all" (the whole network), or ids.
@@ -156,18 +157,19 @@ def _check_years(years: Sequence[int]) -> tuple[int, int]:
 def _real(names: dict[str, str], table: observations.Table, years: tuple[int, int], named: bool) -> Precipitation:
     entry = REGISTRY["precipitation"]
     ids = list(names)
-    seen = table.n_years.any(axis=1)
-    without = [one for one, some in zip(ids, seen.tolist(), strict=True) if not some]
+    seen = table.n_years.sum(axis=1) > 0
+    without = [one for one, some in zip(ids, seen, strict=True) if not some]
     span = f"{years[0]} to {years[1]}"
     if without and (not named or len(without) == len(ids)):
-        raise ValueError(f"expected precipitation in {span}; none at {', '.join(without[:5])}. Take other years or stations")
-    kept = [one for one, some in zip(ids, seen.tolist(), strict=True) if some]
+        some = ", ".join(without[:5])
+        raise ValueError(f"expected precipitation in {span}; none at {some}. Take other years or stations")
+    kept = [one for one, some in zip(ids, seen, strict=True) if some]
     states = sorted({name.rsplit(", ", 1)[-1] for name in names.values() if ", " in name})
     place = f" in {', '.join(states)}" if 0 < len(states) <= 5 else ""
     left_out = f" ({len(without)} more have no observation in these years)" if without else ""
     description = (
-        f"daily precipitation at {len(kept)} station{'s' if len(kept) > 1 else ''} of GHCN-Daily{place}{left_out}, averaged "
-        f"over {span} to one value a calendar day"
+        f"daily precipitation at {len(kept)} station{'s' if len(kept) > 1 else ''} of GHCN-Daily{place}{left_out}, "
+        f"averaged over {span} to one value a calendar day"
     )
     return Precipitation(
         day=torch.arange(1, 366, dtype=torch.float64),

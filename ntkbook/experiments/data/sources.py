@@ -117,7 +117,8 @@ class Provenance:
 
     def banner(self) -> str:
         """One line of Markdown that says which data this is."""
-        files = f" {self.files} file{'s' if self.files != 1 else ''}, sha256 `{self.sha256[:12]}…`." if self.files else ""
+        number = f"{self.files} file{'s' if self.files != 1 else ''}"
+        files = f" {number}, sha256 `{self.sha256[:12]}…`." if self.files else ""
         link = f" [Source]({self.url})." if self.url else ""
         verdict = " A stand-in: **no claim is evaluated on it.**" if self.is_stand_in else ""
         return f"**Data ({self.source}):** {self.description}.{files} {self.licence}.{link}{verdict}"

@@ -13,7 +13,7 @@ LIST = "ghcnd-stations.txt"
 
 def midwest() -> dict[str, str]:
     """Id -> name of the 140 USHCN stations in Illinois, Indiana, Iowa, Nebraska and Ohio that the book uses."""
-    text = resources.files(__package__).joinpath("midwest_stations.csv").read_text(encoding="utf-8")
+    text = resources.files("ntkbook.experiments.data").joinpath("midwest_stations.csv").read_text(encoding="utf-8")
     return {row["id"]: f"{row['name'] or row['id']}, {row['state']}" for row in csv.DictReader(text.splitlines())}
 
 
@@ -47,7 +47,8 @@ def resolve(
     ids = [stations] if isinstance(stations, str) else list(stations)
     wrong = [one for one in ids if not re.fullmatch(r"[A-Z]{2}[A-Z0-9_-]{9}", str(one))]
     if wrong or not ids:
-        raise ValueError(f'expected "midwest", "all" or ids like "USC00116579" (11 characters); got {wrong or stations!r}')
+        got = wrong or stations
+        raise ValueError(f'expected "midwest", "all" or ids like "USC00116579" (11 characters); got {got!r}')
     if len(set(ids)) < len(ids):
         raise ValueError(f"expected each station once; got {ids}")
     known = midwest()

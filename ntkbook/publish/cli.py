@@ -1,0 +1,129 @@
+"""`ntkbook` on the command line: run chapters, store them, build the book, show the claims, see to the data."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import papermill  # noqa: F401
+    import typer
+    import yaml
+
+    from ntkbook.publish import runner, scorecard, site
+except ImportError as missing:
+    raise SystemExit(
+        f"ntkbook's command line needs the book extra ({missing.name} is not installed): pip install 'ntkbook[book]'"
+    ) from missing
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+data = typer.Typer(help="Where the chapters' data comes from.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+Chapters = Annotated[list[str] | None, typer.Argument(help="Chapters, such as 03 or 03_precipitation; all if none.")]
+Force = Annotated[bool, typer.Option("--force", help="Run even what has not changed.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+@app.command()
+def run(
+    chapters: Chapters = None,
+    profile: Annotated[str, typer.Option(help="cpu, or a file of profiles/ such as quick or gpu.")] = "cpu",
+    params: Annotated[str, typer.Option(help="Further parameters as YAML, such as 'seed: 3'.")] = "",
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run chapters into runs/<chapter>/<profile or hash of parameters>/."""
+    values = yaml.safe_load(params) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"--params: expected YAML such as 'seed: 3', got {params!r}")
+    root = runner.find_root()
+    results = runner.run(
+        root, chapters or (), profile=profile, parameters=values, force=force, progress=not quiet
+    )
+    for result in results:
+        print(f"{result.chapter}: {result.status}, {result.folder.relative_to(root)}")
+    _exit_if_failed(results)
+
+
+@app.command()
+def store(chapters: Chapters = None, force: Force = False, quiet: Quiet = False) -> None:
+    """Execute chapters with their default parameters and write them with outputs into book/."""
+    _exit_if_failed(runner.store(runner.find_root(), chapters or (), force=force, progress=not quiet))
+
+
+@app.command()
+def html() -> None:
+    """Build _build/html from the stored notebooks, executing nothing."""
+    print(site.build(runner.find_root()))
+
+
+@app.command()
+def book(force: Force = False, quiet: Quiet = False) -> None:
+    """Run every chapter in the quick profile, build the book from these runs, print the scorecard."""
+    root = runner.find_root()
+    results = runner.run(root, profile="quick", force=force, progress=not quiet)
+    index = site.build(root, site.stage(root, results))
+    print(scorecard.as_text(scorecard.gather(root / "book"), scorecard.gather_runs(root / "runs", "quick")))
+    print(f"The book: {index}")
+    _exit_if_failed(results)
+
+
+@app.command()
+def claims(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the README's table.")] = False,
+) -> None:
+    """Show the claims with their stored values and verdicts."""
+    rows = scorecard.gather(runner.find_root() / "book")
+    if as_json:
+        records: list[dict[str, Any]] = [
+            {**asdict(claim), "record": asdict(result) if result else None} for claim, result in rows
+        ]
+        print(json.dumps(records, indent=2, ensure_ascii=False))
+    else:
+        print(scorecard.as_markdown(rows) if markdown else scorecard.as_text(rows))
+
+
+@data.command()
+def status() -> None:
+    """Where each data set would come from now; never touches the network."""
+    from ntkbook.experiments.data import sources
+
+    for told in sources.status():
+        files = f"{told.files} of {told.files_wanted} files" if told.files_wanted else "no files needed"
+        download = f", {told.bytes_to_download / 1e6:.0f} MB to download" if told.bytes_to_download else ""
+        print(f"{told.name:14} {told.where:12} {files}{download}  {told.folder}")
+
+
+@data.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="A data set of `ntkbook data status`.")] = "precipitation",
+    stations: Annotated[str, typer.Option(help="For precipitation: midwest or all.")] = "midwest",
+    quiet: Quiet = False,
+) -> None:
+    """Download what is missing of a data set, with a progress bar; what is here is kept."""
+    from ntkbook.experiments.data import sources
+
+    paths = sources.fetch(name, stations=stations if name == "precipitation" else None, progress=not quiet)
+    print(f"{name}: {len(paths)} files are here")
+
+
+def _exit_if_failed(results: list[runner.Result]) -> None:
+    failed = [result for result in results if result.status == "failed"]
+    if failed:
+        print("\n".join(["", "FAILED", *(result.error for result in failed)]), file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are shown as one message, without a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, site.BuildError) as error:
+        sys.exit(f"ntkbook: {error}")
+
+
+if __name__ == "__main__":
+    main()

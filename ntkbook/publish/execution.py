@@ -1,0 +1,88 @@
+"""Executing one notebook with papermill, and asking its kernel how much memory it used."""
+
+import contextlib
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from nbclient.exceptions import DeadKernelError
+from papermill import execute_notebook
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+from papermill.utils import remove_args
+
+from ntkbook.publish import notebooks
+
+_PEAK = "__import__('resource').getrusage(0).ru_maxrss"  # KiB on Linux, bytes on macOS, not there on Windows
+
+
+class ChapterError(RuntimeError):
+    """A cell of a chapter failed; the message says which and why."""
+
+
+class _Client(PapermillNotebookClient):
+    peak_mib: float | None = None
+
+    def papermill_execute_cells(self) -> None:
+        super().papermill_execute_cells()
+        reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions={"peak": _PEAK}))
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            peak = float(reply["content"]["user_expressions"]["peak"]["data"]["text/plain"])  # type: ignore[index]
+            _Client.peak_mib = peak / (1024**2 if sys.platform == "darwin" else 1024)
+
+
+class _Engine(NBClientEngine):
+    """papermill's engine with a client that also asks for the kernel's peak memory."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, **kwargs: Any) -> Any:
+        kwargs = remove_args(["input_path", "log_output", "stdout_file", "stderr_file"], **kwargs)
+        kwargs |= {"kernel_name": kernel_name, "startup_timeout": start_timeout}
+        # ipykernel tells at every start that its local sockets are not encrypted.
+        return _Client(nb_man, extra_arguments=["--IPKernelApp.log_level=40"], **kwargs).execute()
+
+
+papermill_engines.register("ntkbook", _Engine)
+
+
+def execute(
+    nb: Any, output: Path, values: dict[str, Any], *, cwd: Path, name: str, progress: bool = True
+) -> float | None:
+    """Execute a notebook into ``output``, which is written even when a cell fails, up to that cell.
+
+    Args:
+        nb: the chapter without outputs.
+        output: where the executed notebook goes.
+        values: parameters to inject; nothing is injected when empty.
+        cwd: the kernel's folder.
+        name: the chapter, for the progress bar and messages.
+        progress: a bar over cells on standard error.
+
+    Returns:
+        The kernel's peak resident memory in MiB, None where the system does not tell.
+
+    Raises:
+        ChapterError: a cell failed, or the kernel died.
+    """
+    bare = output.with_suffix(".input.ipynb")
+    notebooks.write(nb, bare)
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    bar = {"desc": f"  {name}", "position": 1, "leave": False, "file": sys.stderr, "ncols": 90}
+    _Client.peak_mib = None
+    try:
+        execute_notebook(
+            bare, output, values, engine_name="ntkbook", kernel_name="python3", cwd=cwd, progress_bar=progress and bar
+        )
+    except PapermillExecutionError as failure:
+        first = (failure.source.strip().splitlines() or [""])[0]
+        where = f"cell {failure.cell_index + 1} (In [{failure.exec_count}]), which starts with: {first}"
+        raise ChapterError(
+            f"{name}: {where}\n  {failure.ename}: {failure.evalue}\n  what ran so far is in {output}"
+        ) from failure
+    except DeadKernelError as failure:
+        raise ChapterError(f"{name}: the kernel died; perhaps it ran out of memory") from failure
+    finally:
+        bare.unlink()
+    return _Client.peak_mib

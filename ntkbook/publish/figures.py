@@ -1,0 +1,204 @@
+"""House style: what figures of all chapters share, so that a method has one colour and a figure one look."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
+
+SVG_METADATA = {"Date": None, "Creator": None}  # what matplotlib would stamp on a file, left out
+
+
+class Method(NamedTuple):
+    """How a method is drawn, everywhere."""
+
+    label: str
+    colour: str
+    line: str = "-"
+    marker: str = "o"
+
+
+# Okabe and Ito's colours, which readers with any colour vision tell apart; line styles tell them apart in print.
+METHOD = {
+    "ntk": Method("NTK", "#0072B2"),
+    "ntk_fitted": Method("NTK, s² and σ² fitted", "#56B4E9", "--", "s"),
+    "ntk_untrained": Method("NTK of the untrained network", "#7F7F7F", ":", "^"),
+    "rbf": Method("RBF GP a task", "#D55E00", "-", "D"),
+    "rbf_shared": Method("RBF GP, shared", "#E69F00", "--", "v"),
+    "ablr": Method("ABLR", "#009E73", "-", "P"),
+    "source": Method("network, not adapted", "#000000", ":", "x"),
+    "last_layer": Method("last layer retrained", "#CC79A7", "--", "<"),
+    "fine_tuning": Method("full fine-tuning", "#882255", "-.", ">"),
+}
+CONTEXT, TRUTH, TEST = "#4D4D4D", "#000000", "#B22222"
+
+
+def style() -> None:
+    """Set the house style: SVG figures, byte-identical from run to run, readable at a phone's width."""
+    import matplotlib as mpl
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (7.0, 3.2),
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",  # a dark page must not show through
+            "font.size": 10,
+            "axes.titlesize": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "legend.frameon": False,
+            "lines.linewidth": 1.5,
+            "lines.markersize": 4,
+            "svg.hashsalt": "ntkbook",
+            "svg.fonttype": "path",  # letters as outlines: the same on every machine
+        }
+    )
+    set_matplotlib_formats("svg", metadata=SVG_METADATA)
+
+
+def title(where: "Axes | Figure", text: str, profile: str, *, paper: str = "") -> None:
+    """Title a figure or axes, after the paper's figure that it redraws, such as "Figure 1".
+
+    In the quick profile the word *quick* stands in that name's place, so that nobody takes it for a result.
+    """
+    if profile == "quick":
+        text = f"{text} (quick)"
+    elif paper:
+        text = f"{paper}: {text}"
+    if hasattr(where, "suptitle"):
+        where.suptitle(text)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        where.set_title(text)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def posterior_panel(
+    ax: "Axes",
+    x: "ArrayLike",
+    mean: "ArrayLike",
+    sd: "ArrayLike",
+    *,
+    method: str = "ntk",
+    context: "tuple[ArrayLike, ArrayLike] | None" = None,
+    test: "tuple[ArrayLike, ArrayLike] | None" = None,
+    truth: "ArrayLike | None" = None,
+    source: "ArrayLike | None" = None,
+) -> None:
+    """One posterior: its mean with a band of two standard deviations, and what it is compared with.
+
+    Args:
+        ax: where to draw.
+        x: inputs, (m,).
+        mean: posterior mean at x, (m,).
+        sd: posterior standard deviation at x, (m,), in the units of mean.
+        method: a key of METHOD.
+        context: the points conditioned on, (x, y).
+        test: the points held out, (x, y).
+        truth: the noiseless curve at x, (m,).
+        source: the source network's prediction at x, (m,).
+
+    Raises:
+        KeyError: no such method.
+        ValueError: mean or sd is not of x's shape.
+    """
+    look = METHOD[method]
+    x, mean, sd = (np.asarray(v).squeeze() for v in (x, mean, sd))
+    if not x.shape == mean.shape == sd.shape:
+        raise ValueError(f"expected x, mean and sd of one shape (m,), got {x.shape}, {mean.shape}, {sd.shape}")
+    order = np.argsort(x)
+    x, mean, sd = x[order], mean[order], sd[order]
+    ax.fill_between(x, mean - 2 * sd, mean + 2 * sd, color=look.colour, alpha=0.2, linewidth=0)
+    ax.plot(x, mean, color=look.colour, linestyle=look.line, label=look.label)
+    if truth is not None:
+        ax.plot(x, np.asarray(truth).squeeze()[order], color=TRUTH, linewidth=1, linestyle="--", label="truth")
+    if source is not None:
+        grey = METHOD["source"]
+        curve = np.asarray(source).squeeze()[order]
+        ax.plot(x, curve, color=grey.colour, linestyle=grey.line, linewidth=1, label=grey.label)
+    for points, colour, marker, label in ((test, TEST, ".", "held out"), (context, CONTEXT, "o", "context")):
+        if points is not None:
+            xs, ys = (np.asarray(v).squeeze() for v in points)
+            ax.plot(xs, ys, marker, color=colour, markersize=4, linestyle="none", label=label)
+
+
+def metric_table(rows: Mapping[str, Mapping[str, Any]], profile: str = "cpu", caption: str = "") -> Any:
+    """Methods by metrics, each a mean with the half-width of its 95 % interval, as something a notebook displays.
+
+    Args:
+        rows: method key or a name of your own → metric name → value, or (value, half-width).
+        profile: *quick* is added to the caption.
+        caption: what the numbers are over.
+
+    Returns:
+        An object shown as an HTML table, or as plain text.
+    """
+    from ntkbook.publish.claims import Bundle
+
+    metrics = list(dict.fromkeys(name for row in rows.values() for name in row))
+    caption += " (quick)" if profile == "quick" else ""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["method", *metrics])
+    body, plain = "", [" | ".join(["method", *metrics])]
+    for key, row in rows.items():
+        label = METHOD[key].label if key in METHOD else key
+        cells = [_number(row.get(name)) for name in metrics]
+        body += f"<tr><th>{html.escape(label)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        plain.append(" | ".join([label, *cells]))
+    table = f'<table class="metrics"><caption>{html.escape(caption)}</caption>'
+    table += f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return Bundle({"text/html": table, "text/plain": "\n".join([caption, *plain])})
+
+
+def interactive(figure: Any, static: "Figure", alt: str) -> Any:
+    """A plotly figure that a local script draws where Plotly is there, over a static figure that shows everywhere else.
+
+    Args:
+        figure: a plotly figure.
+        static: the same as a matplotlib figure, which is closed.
+        alt: what the figure shows, in words.
+
+    Returns:
+        An object to leave as a cell's last expression.
+    """
+    import matplotlib.pyplot as plt
+
+    from ntkbook.publish.claims import Bundle
+
+    picture = svg(static)
+    plt.close(static)
+    data = figure.to_json() if hasattr(figure, "to_json") else json.dumps(figure)
+    data = data.replace("</", "<\\/")  # nothing in the data may close the script element
+    image = base64.b64encode(picture.encode()).decode()
+    words = html.escape(alt, quote=True)
+    page = (
+        f'<div class="ntk-interactive" role="group" aria-label="{words}">'
+        f'<img class="ntk-static" alt="{words}" src="data:image/svg+xml;base64,{image}">'
+        f'<script type="application/json">{data}</script></div>'
+    )
+    return Bundle({"text/html": page, "text/plain": alt})
+
+
+def svg(figure: "Figure") -> str:
+    """A figure as SVG text, the same from run to run."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "ntkbook"}), io.StringIO() as text:
+        figure.savefig(text, format="svg", metadata=SVG_METADATA)
+        return text.getvalue()
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    mean, half = value if isinstance(value, tuple) else (value, None)
+    return f"{float(mean):.3g}" if half is None else f"{float(mean):.3g} ± {float(half):.2g}"

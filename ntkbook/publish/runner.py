@@ -1,0 +1,271 @@
+"""Running chapters: profiles, parameters, results in ``runs/``, and the stored notebooks in ``book/``."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ntkbook.publish.claims import collect, collect_data
+from ntkbook.publish.parameters import ParameterError, check_parameters
+
+PACKAGES = ("ntkbook", "torch", "gpytorch", "linear_operator", "botorch", "numpy", "matplotlib", "papermill")
+NOT_IN_A_CHAPTER = {"runner.py", "site.py", "cli.py", "execution.py", "parameters.py"}  # of publish: they only run it
+
+
+@dataclass(frozen=True)
+class Result:
+    """How the run of one chapter ended. ``status`` is done, fresh (nothing had changed) or failed."""
+
+    chapter: str
+    folder: Path
+    status: str
+    seconds: float = 0.0
+    peak_mib: float | None = None
+    error: str = ""
+
+    @property
+    def notebook(self) -> Path:
+        """The executed notebook; after a failure up to the cell that failed."""
+        return self.folder / "notebook.ipynb"
+
+    @property
+    def line(self) -> str:
+        """The result in one line."""
+        if self.status == "fresh":
+            return f"{self.chapter}: nothing changed, kept"
+        peak = f", {self.peak_mib:.0f} MiB" if self.peak_mib else ""
+        return f"{self.chapter}: {self.status} in {self.seconds:.0f} s{peak}" + (f"\n{self.error}" if self.error else "")
+
+
+def find_root(start: str | Path = ".") -> Path:
+    """The nearest folder at or above ``start`` that has ``_toc.yml``; FileNotFoundError when there is none."""
+    here = Path(start).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "_toc.yml").exists():
+            return folder
+    raise FileNotFoundError(f"expected _toc.yml in {here} or above it; run this inside a checkout of the book")
+
+
+def chapters(root: Path) -> list[str]:
+    """The names of the chapters that are executed, in the order of the table of contents."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text("utf8"))
+    parts = [part.get("chapters", []) for part in toc.get("parts", [])]
+    files = [entry["file"] for part in [toc.get("chapters", []), *parts] for entry in part]
+    return [Path(file).stem for file in files if file.endswith(".ipynb")]
+
+
+def select(root: Path, wanted: Iterable[str]) -> list[str]:
+    """Names for ``03``, ``3`` or ``03_precipitation``; all chapters when nothing is wanted; ValueError if unknown."""
+    known, names = chapters(root), []
+    for want in wanted:
+        hits = [name for name in known if want == name or want.zfill(2) == name.split("_")[0]]
+        if not hits:
+            raise ValueError(f"no chapter {want!r}; there are {', '.join(known)}")
+        names += hits
+    return list(dict.fromkeys(names)) or known
+
+
+def profile_parameters(root: Path, profile: str, chapter: str) -> dict[str, Any]:
+    """What a profile changes of a chapter's default parameters; ``cpu`` changes nothing."""
+    if profile == "cpu":
+        return {}
+    path = root / "profiles" / f"{profile}.yml"
+    if not path.exists():
+        known = ["cpu", *sorted(p.stem for p in path.parent.glob("*.yml"))]
+        raise ValueError(f"no profile {profile!r}; there are {', '.join(known)}")
+    return {"profile": profile, **((yaml.safe_load(path.read_text("utf8")) or {}).get(chapter) or {})}
+
+
+def run(
+    root: Path,
+    wanted: Iterable[str] = (),
+    *,
+    profile: str = "cpu",
+    parameters: Mapping[str, Any] | None = None,
+    force: bool = False,
+    progress: bool = True,
+    after: Callable[[Result], None] | None = None,
+) -> list[Result]:
+    """Run chapters, each into ``runs/<chapter>/<profile or hash of parameters>/``; a failure does not stop the others.
+
+    Args:
+        root: the book's folder, with ``_toc.yml``.
+        wanted: chapters as in :func:`select`.
+        profile: ``cpu`` or the name of a file in ``profiles/``.
+        parameters: further overrides, the same for all the chapters.
+        force: run even what has not changed.
+        progress: bars on standard error, one overall and one a chapter.
+        after: called with each result as it comes.
+
+    Raises:
+        ValueError, ParameterError: an unknown chapter, profile or parameter, or one of the wrong type, before any run.
+    """
+    from tqdm import tqdm
+
+    names = select(root, wanted)
+    plans = [(name, _plan(root, name, profile, dict(parameters or {}))) for name in names]
+    results = []
+    with tqdm(plans, desc="chapters", unit="chapter", file=sys.stderr, disable=not progress, ncols=90) as bar:
+        for name, (nb, values) in bar:
+            results.append(_run_one(root, name, nb, profile, values, bool(parameters), force, progress))
+            if after:
+                after(results[-1])
+            tqdm.write(results[-1].line, file=sys.stderr)
+    return results
+
+
+def store(root: Path, wanted: Iterable[str] = (), *, force: bool = False, progress: bool = True) -> list[Result]:
+    """Execute chapters with their default parameters and write them with outputs into ``book/``, and their run cards.
+
+    Chapters that summarise others (``ntkbook: {summary: true}`` in their front matter) are always stored anew after
+    them.
+    """
+    from ntkbook.publish import notebooks
+
+    names = select(root, wanted)
+    summaries = [name for name in chapters(root) if _is_summary(notebooks.from_text(root / "book" / f"{name}.md"))]
+
+    def keep(result: Result) -> None:
+        if result.status == "failed":
+            return
+        notebooks.write(notebooks.strip(notebooks.read(result.notebook)), root / "book" / f"{result.chapter}.ipynb")
+        card = json.loads((result.folder / "card.json").read_text("utf8"))
+        del card["fingerprint"]  # of this machine
+        path = root / "book" / "results" / f"{result.chapter}.card.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(_json(card), "utf8")
+
+    ordered = [name for name in names if name not in summaries] + summaries
+    return run(root, ordered, force=force, progress=progress, after=keep)
+
+
+def _plan(root: Path, name: str, profile: str, extra: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from ntkbook.publish import notebooks
+
+    source = root / "book" / f"{name}.md"
+    if not source.exists():
+        raise ValueError(f"{name} is in _toc.yml, but there is no {source.relative_to(root)}")
+    nb = notebooks.from_text(source)
+    values = {**profile_parameters(root, profile, name), **extra}
+    check_parameters(nb, values, name)
+    if str(values.get("device", "")).startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ParameterError(f"{name}: device {values['device']!r} wants a GPU, but torch sees none here")
+    return nb, values
+
+
+def _run_one(
+    root: Path, name: str, nb: Any, profile: str, values: dict[str, Any], custom: bool, force: bool, progress: bool
+) -> Result:
+    from ntkbook.publish import notebooks
+    from ntkbook.publish.execution import ChapterError, execute
+
+    key = hashlib.sha256(json.dumps([profile, values], sort_keys=True).encode()).hexdigest()[:10]
+    folder = root / "runs" / name / (key if custom else profile)
+    mark = fingerprint(root, name, nb, values)
+    if not force and _is_fresh(folder, mark):
+        return Result(name, folder, "fresh")
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in ("card.json", "claims.json", "notebook.ipynb"):
+        (folder / old).unlink(missing_ok=True)
+    notebook = folder / "notebook.ipynb"
+    start, error, peak = time.monotonic(), "", None
+    try:
+        peak = execute(nb, notebook, values, cwd=root / "book", name=name, progress=progress)
+    except ChapterError as failure:
+        error = str(failure)
+    seconds = time.monotonic() - start
+    result = Result(name, folder, "failed" if error else "done", seconds, peak, error)
+    if notebook.exists():
+        (folder / "claims.json").write_text(_json({k: asdict(v) for k, v in collect(notebook).items()}), "utf8")
+    card = run_card(root, result, profile, values, collect_data(notebook) if notebook.exists() else {})
+    (folder / "card.json").write_text(_json({**card, "fingerprint": mark}), "utf8")
+    return result
+
+
+def run_card(root: Path, result: Result, profile: str, values: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """What a reader needs to judge or repeat a run: device, versions, commit, data and their hashes, time, memory."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "chapter": result.chapter,
+        "status": result.status,
+        "error": result.error,
+        "profile": profile,
+        "parameters": values,
+        "device": _device(str(values.get("device", "cpu"))),
+        "versions": versions,
+        "commit": _commit(root),
+        "data": data,
+        "wall_seconds": round(result.seconds, 1),
+        "peak_mib": result.peak_mib and round(result.peak_mib),
+    }
+
+
+def fingerprint(root: Path, name: str, nb: Any, values: dict[str, Any]) -> str:
+    """A digest of what a run depends on: the chapter, its parameters, the package, the lock, where data comes from.
+
+    A summary also depends on the other chapters' stored notebooks and quick claims.
+    """
+    digest = hashlib.sha256(json.dumps([nb, values, sys.version_info[:3]], sort_keys=True).encode())
+    digest.update(repr([os.environ.get(key, "") for key in ("NTKBOOK_DATA", "NTKBOOK_OFFLINE")]).encode())
+    package = Path(__file__).parents[1]
+    files = [p for p in package.rglob("*") if p.suffix in (".py", ".csv", ".js") and p.name not in NOT_IN_A_CHAPTER]
+    files += [root / "requirements.lock", *(root / "book" / "results").glob(f"{name}.*.json")]
+    if _is_summary(nb):
+        files += [p for p in (root / "book").glob("*.ipynb") if p.stem != name]
+        files += [p for p in (root / "runs").glob("*/quick/claims.json") if p.parts[-3] != name]
+    for path in sorted(p for p in files if p.exists() and p.name != f"{name}.card.json"):
+        digest.update(str(path.name).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _is_summary(nb: Any) -> bool:
+    return bool(nb.metadata.get("ntkbook", {}).get("summary"))
+
+
+def _is_fresh(folder: Path, mark: str) -> bool:
+    card = folder / "card.json"
+    if not card.exists() or not (folder / "notebook.ipynb").exists():
+        return False
+    facts = json.loads(card.read_text("utf8"))
+    return facts["status"] == "done" and facts["fingerprint"] == mark
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _commit(root: Path) -> str | None:
+    """The commit, with ``+changes`` when tracked files differ from it; None outside a git checkout."""
+    try:
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+changes", "--exclude=*", "--abbrev=40"],
+            cwd=root, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()
+
+
+def _device(device: str) -> str:
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
