@@ -1,5 +1,7 @@
 """The method itself, with the face of the baselines: the source network's NTK conditioned on each task's context."""
 
+import warnings
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -23,7 +25,12 @@ class NTK:
         net: the source network; untrained, its NTK is the baseline that says what training was worth.
         outputscale, noise, mean: see `NTKGP`.
         refit: fit outputscale and noise to each task's own context by marginal likelihood.
+
+    Attributes:
+        undetermined: with `refit`, tasks of the last prediction whose context did not determine outputscale and noise.
     """
+
+    undetermined: int = 0
 
     def __init__(
         self, net: nn.Module, *, outputscale: float = 1.0, noise: float = 1e-2, mean: str = "zero", refit: bool = False
@@ -42,11 +49,15 @@ class NTK:
         """Predictions (T, m). Arguments and errors as for `ntkbook.experiments.baselines.groups`."""
         mean = y.new_full((len(y), x_star.shape[-2]), torch.nan, dtype=torch.float64)
         variance = mean.clone()
+        self.undetermined = 0
         for group in groups(x, y, x_star):
             batches = [[i] for i in range(len(group.rows))] if self.refit else [list(range(len(group.rows)))]
             for batch in batches:
                 if self.refit:
-                    self.gp.fit(group.x, group.y[batch[0]])
+                    with warnings.catch_warnings(record=True) as caught:
+                        warnings.simplefilter("always")
+                        self.gp.fit(group.x, group.y[batch[0]])
+                    self.undetermined += len(caught)
                 rows = [group.rows[i] for i in batch]
                 posterior = self.gp.condition_tasks(group.x, group.y[batch])
                 mean[rows] = posterior.mean(group.x_star).to(mean)
