@@ -13,7 +13,7 @@ RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
 def outside_inference_mode(method: Callable) -> Callable:
-    """Derivatives need autograd, which inference mode turns off for good inside it: leave it, with copies of tensors."""
+    """Derivatives need autograd, which inference mode turns off for good: leave it, with copies of its tensors."""
 
     def normal(value):
         if isinstance(value, Mapping):

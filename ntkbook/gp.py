@@ -67,17 +67,17 @@ class NTKGP:
         Args:
             x: (n, ...); y: (n,) or (n, o), NaN where not observed.
         """
-        x, y = self._inputs(x), self._targets(x, y)
-        residual = y - self._mean(x, fitting=True)
-        seen = ~torch.isnan(residual).flatten()
-        n, o = residual.shape
-        r = residual.flatten()[seen]
+        x, y = self._inputs(x), self._targets(x, y[None])[0]
+        seen = ~torch.isnan(y).flatten()
+        n, o = y.shape
+        r = (y - self._mean(x, fitting=True)).flatten()[seen]
         if len(r) < 2:
             raise ValueError(f"fit: expected at least two observed values, got {len(r)}.")
         self._require_room(n * o, copies=4)
         gram = self.lin.gram(x)[seen][:, seen]
         basis = torch.eye(o, dtype=r.dtype, device=r.device).repeat(n, 1)[seen]
-        basis = basis[:, basis.any(0)] if self.mean == "constant" else basis[:, :0]
+        used = basis.any(0) if self.mean == "constant" else torch.zeros(o, dtype=torch.bool, device=r.device)
+        basis = basis[:, used]
         fixed = None if noise is None else self._noise(noise, y).flatten()[seen].rsqrt()
         if fixed is not None:
             gram, r, basis = fixed[:, None] * gram * fixed, fixed * r, fixed[:, None] * basis
@@ -89,7 +89,8 @@ class NTKGP:
         if fixed is None:
             self.noise = noise_
         if self.mean == "constant":
-            self.constant = constant
+            self.constant = y.new_zeros(o)  # and stays so for an output that was never observed
+            self.constant[used] = constant
         return self
 
     def condition(self, x: Tensor, y: Tensor, noise: float | Tensor | None = None) -> "Posterior":
@@ -97,8 +98,8 @@ class NTKGP:
 
         `noise`: σ² of these points, a number or one per point, (n,) or (n, o); the GP's own unless given.
         """
-        x, y = self._inputs(x), self._targets(x, y)
-        return Posterior(self, x, y[None], self._noise(noise, y), own_noise=noise is None, tasks=False)
+        x, y = self._inputs(x), self._targets(x, y[None])
+        return Posterior(self, x, y, self._noise(noise, y[0]), own_noise=noise is None, tasks=False)
 
     def condition_tasks(self, x: Tensor, y: Tensor, noise: float | Tensor | None = None) -> "Posterior":
         """The posteriors of T tasks at the same inputs: y (T, n) or (T, n, o), NaN where not observed.
@@ -108,20 +109,25 @@ class NTKGP:
         x = self._inputs(x)
         if y.ndim < 2 or len(y) == 0:
             raise ValueError(f"y: expected (T, n) or (T, n, o) with at least one task, got {tuple(y.shape)}.")
-        y = torch.stack([self._targets(x, task) for task in y])
+        y = self._targets(x, y)
         return Posterior(self, x, y, self._noise(noise, y[0]), own_noise=noise is None, tasks=True)
 
     def _inputs(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a torch.Tensor (n, ...), got {type(x).__name__}.")
         return x.to(self.lin.device, self.lin.dtype if x.is_floating_point() else None)
 
-    def _targets(self, x: Tensor, y: Tensor) -> Float[Tensor, "n o"]:
+    def _targets(self, x: Tensor, y: Tensor) -> Float[Tensor, "t n o"]:
+        """Each task's observations, (T, n) or (T, n, o), checked."""
         y = y.to(self.lin.device, self.lin.dtype)
-        o = self.lin.outputs(x[:1]).shape[1]
-        if y.shape == (len(x),) and o == 1:
-            y = y[:, None]
-        if y.shape != (len(x), o):
+        o = self.lin.outputs(self._inputs(x)[:1]).shape[1]
+        if y.shape[1:] == (len(x),) and o == 1:
+            y = y[..., None]
+        if y.shape[1:] != (len(x), o):
             wanted = f"({len(x)},) or ({len(x)}, 1)" if o == 1 else f"({len(x)}, {o})"
-            raise ValueError(f"y: expected {wanted} for {len(x)} examples and {o} outputs, got {tuple(y.shape)}.")
+            raise ValueError(
+                f"y: expected {wanted} a task for {len(x)} examples and {o} outputs, got {tuple(y.shape[1:])}."
+            )
         if torch.isinf(y).any():
             raise ValueError("y: expected finite values, or NaN where nothing was observed; got an infinite one.")
         return y
@@ -138,16 +144,16 @@ class NTKGP:
 
     def _mean(self, x: Tensor, fitting: bool = False) -> Float[Tensor, "n o"]:
         outputs = self.lin.outputs(x)
-        if self.mean == "network":
-            return outputs
-        if callable(self.mean):
-            mean = self.mean(x).to(outputs)
-            mean = mean[:, None] if mean.ndim == 1 else mean
-            if mean.shape != outputs.shape:
-                raise ValueError(f"mean: expected values of shape {tuple(outputs.shape)}, got {tuple(mean.shape)}.")
-            return mean
-        zero = torch.zeros_like(outputs)
-        return zero if self.mean == "zero" or fitting or self.constant is None else zero + self.constant
+        if self.mean in ("zero", "constant"):
+            zero = torch.zeros_like(outputs)
+            return zero if self.mean == "zero" or fitting or self.constant is None else zero + self.constant
+        mean = self.mean(x).to(outputs) if callable(self.mean) else outputs
+        mean = mean[:, None] if mean.ndim == 1 else mean
+        if mean.shape != outputs.shape:
+            raise ValueError(f"mean: expected values of shape {tuple(outputs.shape)}, got {tuple(mean.shape)}.")
+        if not torch.isfinite(mean).all():
+            raise ValueError(f"mean: {int((~torch.isfinite(mean)).sum())} of {mean.numel()} values are not finite.")
+        return mean
 
     def _require_room(self, n: int, copies: int = 3) -> None:
         nbytes = copies * n * n * torch.empty(0, dtype=self.lin.dtype).element_size()
@@ -180,9 +186,9 @@ class Posterior:
         self._lin, self._scale, self._sigma2 = gp.lin, gp.outputscale, gp.noise if own_noise else None
         self._x, self._tasks, self._o = x, tasks, y.shape[2]
         residuals = (y - gp._mean(x)).flatten(1)
-        gp._require_room(residuals.shape[1])
-        gram = gp.outputscale * gp.lin.gram(x)
-        observed, group_of = torch.unique(~torch.isnan(residuals), dim=0, return_inverse=True)
+        observed, group_of = torch.unique(~torch.isnan(y.flatten(1)), dim=0, return_inverse=True)
+        gp._require_room(residuals.shape[1], copies=3 + len(observed))
+        gram = gp.lin.gram(x).mul_(gp.outputscale)
         self._group_of = group_of
         self._groups: list[tuple[Tensor, Tensor, Tensor]] = []  # observed (N,), factor L, weights (T_g, N_g)
         log_likelihood = residuals.new_empty(len(residuals))
@@ -249,6 +255,10 @@ class Posterior:
     def _moments(self, x: Tensor, full: bool) -> tuple[Float[Tensor, "t m o"], Tensor]:
         """Means, and covariances (T, m·o, m·o) or variances (T, m, o)."""
         prior_mean = self._gp._mean(x)
+        if full:
+            nbytes = (len(self._group_of) + 2) * prior_mean.numel() ** 2 * prior_mean.element_size()
+            what = f"The covariances of {len(self._group_of)} tasks at {len(x):,} points"
+            require_memory(nbytes, x.device, what, "Use mean(x) and variance(x), which form none.")
         cross = self._scale * self._lin.gram(x, self._x)
         prior = self._scale * (self._lin.gram(x) if full else self._lin.diagonal(x))
         mean = prior_mean.repeat(len(self._group_of), 1, 1)

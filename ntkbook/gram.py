@@ -53,7 +53,8 @@ def find_layers(net: nn.Module, call: Call, params: Mapping[str, Tensor], exampl
     for name, module in net.named_modules():
         own = {kind: f"{name}.{kind}" if name else kind for kind in ("weight", "bias")}
         used = {kind: own[kind] for kind in own if own[kind] in params}
-        if used and type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
+        touched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        if used and type(module) is nn.Linear and not touched:
             layers.append(Layer(module, "weight" in used, "bias" in used))
             names.update(dict.fromkeys(used.values(), module))
     if names.keys() != params.keys():

@@ -18,6 +18,11 @@ class ProfileLikelihood:
         self.eigenvalues, self.y, self.basis, self.fixed = eigenvalues, y, basis, fixed_noise
         # An s² that explains y alone, or a ratio that weighs noise and kernel alike: the middle of the search.
         level = float(eigenvalues.mean())
+        if not level > 0:
+            raise ValueError("fit: the kernel is zero at these inputs: the network's outputs depend on no parameter.")
+        rest = y - basis @ (torch.linalg.pinv(basis) @ y)
+        if rest.norm() <= 1e-13 * y.norm():
+            raise ValueError("fit: the observations equal the prior mean: they determine no outputscale and no noise.")
         centre = float(y.square().mean()) / level if fixed_noise else level
         self.low, self.high = (
             math.log10(centre) - (8 if fixed_noise else 12),

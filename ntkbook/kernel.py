@@ -64,13 +64,13 @@ class NTKKernel(Kernel):
         lin = self._linearization(x1)
         batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
         if diag:
-            if x1.shape != x2.shape or not torch.equal(x1, x2):
+            if not _same(x1, x2):
                 full = self.forward(x1, x2)
                 return full.diagonal(dim1=-2, dim2=-1)
             return lin.diagonal(self._examples(x1.reshape(-1, x1.shape[-1])), output=self.output).reshape(*batch, -1)
         if not batch:
-            same = x1 is x2 or (x1.shape == x2.shape and torch.equal(x1, x2))
-            return lin.gram(self._examples(x1), None if same else self._examples(x2), output=self.output)
+            second = None if _same(x1, x2) else self._examples(x2)
+            return lin.gram(self._examples(x1), second, output=self.output)
         pairs = zip(x1.expand(*batch, *x1.shape[-2:]).flatten(0, -3), x2.expand(*batch, *x2.shape[-2:]).flatten(0, -3))
         grams = torch.stack([self.forward(a, b) for a, b in pairs])
         return grams.reshape(*batch, *grams.shape[1:])
@@ -78,6 +78,9 @@ class NTKKernel(Kernel):
     def num_outputs_per_input(self, x1: Tensor, x2: Tensor) -> int:
         if self.output is not None:
             return 1
+        dims = self.active_dims
+        if isinstance(dims, Tensor) and x1.shape[-1] != len(dims):  # a sum of kernels does not select them
+            x1 = x1.index_select(-1, dims)
         return self._linearization(x1).outputs(self._examples(x1.reshape(-1, x1.shape[-1])[:1])).shape[1]
 
     def _examples(self, x: Tensor) -> Tensor:
@@ -89,3 +92,11 @@ class NTKKernel(Kernel):
             some = next(iter(self._linearizations.values()))
             self._linearizations[key] = some.to(device=x.device, dtype=x.dtype)
         return self._linearizations[key]
+
+
+def _same(x1: Tensor, x2: Tensor) -> bool:
+    """Whether k(x1, x2) is k(x1, x1), also in its derivatives: equal values do where none is asked for."""
+    if x1 is x2:
+        return True
+    differentiated = torch.is_grad_enabled() and (x1.requires_grad or x2.requires_grad)
+    return not differentiated and x1.shape == x2.shape and torch.equal(x1, x2)

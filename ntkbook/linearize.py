@@ -66,6 +66,9 @@ class Linearization:
                     f"params[{name!r}]: expected real numbers of shape {tuple(own[name].shape)}, "
                     f"got {value.dtype} of shape {tuple(value.shape)}."
                 )
+        kinds = {(value.dtype, value.device) for value in chosen.values()}
+        if len(kinds) > 1:
+            raise ValueError(f"params: expected one dtype on one device, got {sorted(map(str, kinds))}.")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size: expected a positive number of examples, got {chunk_size}.")
         self.net = net

@@ -44,7 +44,7 @@ class NTK:
         return self
 
     def predict(
-        self, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*tasks m d"]
+        self, x: Float[Tensor, "*tasks n d"], y: Float[Tensor, "T n"], x_star: Float[Tensor, "*starred m d"]
     ) -> Prediction:
         """Predictions (T, m). Arguments and errors as for `ntkbook.experiments.baselines.groups`."""
         mean = y.new_full((len(y), x_star.shape[-2]), torch.nan, dtype=torch.float64)
@@ -57,7 +57,7 @@ class NTK:
                     with warnings.catch_warnings(record=True) as caught:
                         warnings.simplefilter("always")
                         self.gp.fit(group.x, group.y[batch[0]])
-                    self.undetermined += len(caught)
+                    self.undetermined += any("determine" in str(w.message) for w in caught)
                 rows = [group.rows[i] for i in batch]
                 posterior = self.gp.condition_tasks(group.x, group.y[batch])
                 mean[rows] = posterior.mean(group.x_star).to(mean)

@@ -113,7 +113,7 @@ def _check_variance(variance: Tensor) -> None:
 
 def table(
     mean: Float[Tensor, "T m"], variance: Float[Tensor, "T m"], y: Float[Tensor, "T m"]
-) -> list[dict[str, float]]:
+) -> list[dict[str, int | float]]:
     """The three metrics of T tasks as rows {"task", "rmse", "nll", "coverage"}; NaN where there is no prediction."""
     rows = []
     for t in range(len(y)):

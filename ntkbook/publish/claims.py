@@ -271,6 +271,6 @@ def _display(data: dict[str, Any]) -> None:
 def _glue(name: str, value: Any) -> None:
     from myst_nb import glue
 
-    # JSON goes as text: nbformat takes an object only under the bare type application/json, and glue puts a prefix before it.
+    # JSON goes as text: nbformat takes an object only under the bare type application/json, not with a prefix.
     stored = value if isinstance(value, str) else Bundle({"text/plain": json.dumps(value, ensure_ascii=False)})
     glue(name, stored, display=False)

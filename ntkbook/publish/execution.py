@@ -27,7 +27,7 @@ class _Client(PapermillNotebookClient):
 
     def papermill_execute_cells(self) -> None:
         super().papermill_execute_cells()
-        reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions={"peak": _PEAK}))
+        reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions={"peak": _PEAK}))  # pyright: ignore
         with contextlib.suppress(KeyError, TypeError, ValueError):
             peak = float(reply["content"]["user_expressions"]["peak"]["data"]["text/plain"])  # type: ignore[index]
             _Client.peak_mib = peak / (1024**2 if sys.platform == "darwin" else 1024)
@@ -37,7 +37,9 @@ class _Engine(NBClientEngine):
     """papermill's engine with a client that also asks for the kernel's peak memory."""
 
     @classmethod
-    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, **kwargs: Any) -> Any:
+    def execute_managed_notebook(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, **kwargs: Any
+    ) -> Any:
         kwargs = remove_args(["input_path", "log_output", "stdout_file", "stderr_file"], **kwargs)
         kwargs |= {"kernel_name": kernel_name, "startup_timeout": start_timeout}
         # ipykernel tells at every start that its local sockets are not encrypted.
@@ -69,11 +71,12 @@ def execute(
     bare = output.with_suffix(".input.ipynb")
     notebooks.write(nb, bare)
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    bar = {"desc": f"  {name}", "position": 1, "leave": False, "file": sys.stderr, "ncols": 90}
+    bar: Any = {"desc": f"  {name}", "position": 1, "leave": False, "file": sys.stderr, "ncols": 90}
+    bar = bar if progress else False
     _Client.peak_mib = None
     try:
         execute_notebook(
-            bare, output, values, engine_name="ntkbook", kernel_name="python3", cwd=cwd, progress_bar=progress and bar
+            bare, output, values, engine_name="ntkbook", kernel_name="python3", cwd=cwd, progress_bar=bar
         )
     except PapermillExecutionError as failure:
         first = (failure.source.strip().splitlines() or [""])[0]

@@ -5,14 +5,16 @@ import html
 import io
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from numpy.typing import ArrayLike
+from ntkbook.publish.claims import Bundle
 
 SVG_METADATA = {"Date": None, "Creator": None}  # what matplotlib would stamp on a file, left out
 
@@ -43,7 +45,6 @@ CONTEXT, TRUTH, TEST = "#4D4D4D", "#000000", "#B22222"
 
 def style() -> None:
     """Set the house style: SVG figures, byte-identical from run to run, readable at a phone's width."""
-    import matplotlib as mpl
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     mpl.rcParams.update(
@@ -68,7 +69,7 @@ def style() -> None:
     set_matplotlib_formats("svg", metadata=SVG_METADATA)
 
 
-def title(where: "Axes | Figure", text: str, profile: str, *, paper: str = "") -> None:
+def title(where: Axes | Figure, text: str, profile: str, *, paper: str = "") -> None:
     """Title a figure or axes, after the paper's figure that it redraws, such as "Figure 1".
 
     In the quick profile the word *quick* stands in that name's place, so that nobody takes it for a result.
@@ -77,23 +78,23 @@ def title(where: "Axes | Figure", text: str, profile: str, *, paper: str = "") -
         text = f"{text} (quick)"
     elif paper:
         text = f"{paper}: {text}"
-    if hasattr(where, "suptitle"):
-        where.suptitle(text)  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(where, Figure):
+        where.suptitle(text)
     else:
-        where.set_title(text)  # pyright: ignore[reportAttributeAccessIssue]
+        where.set_title(text)
 
 
 def posterior_panel(
-    ax: "Axes",
-    x: "ArrayLike",
-    mean: "ArrayLike",
-    sd: "ArrayLike",
+    ax: Axes,
+    x: ArrayLike,
+    mean: ArrayLike,
+    sd: ArrayLike,
     *,
     method: str = "ntk",
-    context: "tuple[ArrayLike, ArrayLike] | None" = None,
-    test: "tuple[ArrayLike, ArrayLike] | None" = None,
-    truth: "ArrayLike | None" = None,
-    source: "ArrayLike | None" = None,
+    context: tuple[ArrayLike, ArrayLike] | None = None,
+    test: tuple[ArrayLike, ArrayLike] | None = None,
+    truth: ArrayLike | None = None,
+    source: ArrayLike | None = None,
 ) -> None:
     """One posterior: its mean with a band of two standard deviations, and what it is compared with.
 
@@ -143,8 +144,6 @@ def metric_table(rows: Mapping[str, Mapping[str, Any]], profile: str = "cpu", ca
     Returns:
         An object shown as an HTML table, or as plain text.
     """
-    from ntkbook.publish.claims import Bundle
-
     metrics = list(dict.fromkeys(name for row in rows.values() for name in row))
     caption += " (quick)" if profile == "quick" else ""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ["method", *metrics])
@@ -159,7 +158,7 @@ def metric_table(rows: Mapping[str, Mapping[str, Any]], profile: str = "cpu", ca
     return Bundle({"text/html": table, "text/plain": "\n".join([caption, *plain])})
 
 
-def interactive(figure: Any, static: "Figure", alt: str) -> Any:
+def interactive(figure: Any, static: Figure, alt: str) -> Any:
     """A plotly figure that a local script draws where Plotly is there, over a static figure that shows everywhere else.
 
     Args:
@@ -170,10 +169,6 @@ def interactive(figure: Any, static: "Figure", alt: str) -> Any:
     Returns:
         An object to leave as a cell's last expression.
     """
-    import matplotlib.pyplot as plt
-
-    from ntkbook.publish.claims import Bundle
-
     picture = svg(static)
     plt.close(static)
     data = figure.to_json() if hasattr(figure, "to_json") else json.dumps(figure)
@@ -188,10 +183,8 @@ def interactive(figure: Any, static: "Figure", alt: str) -> Any:
     return Bundle({"text/html": page, "text/plain": alt})
 
 
-def svg(figure: "Figure") -> str:
+def svg(figure: Figure) -> str:
     """A figure as SVG text, the same from run to run."""
-    import matplotlib as mpl
-
     with mpl.rc_context({"svg.hashsalt": "ntkbook"}), io.StringIO() as text:
         figure.savefig(text, format="svg", metadata=SVG_METADATA)
         return text.getvalue()

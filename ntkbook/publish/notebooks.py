@@ -23,7 +23,9 @@ def from_text(source: str | Path) -> NotebookNode:
     source = Path(source)
     nb = jupytext.reads(source.read_text("utf8"), fmt="md:myst")
     if not any("parameters" in cell.metadata.get("tags", []) for cell in nb.cells if cell.cell_type == "code"):
-        raise ValueError(f"{source.name}: expected a code cell tagged 'parameters', found none; add ':tags: [parameters]'")
+        raise ValueError(
+            f"{source.name}: expected a code cell tagged 'parameters', found none; add ':tags: [parameters]'"
+        )
     return strip(nb)
 
 
@@ -35,12 +37,13 @@ def strip(nb: NotebookNode) -> NotebookNode:
     kept = {key: nb.metadata[key] for key in ("ntkbook",) if key in nb.metadata}
     cells = [_strip_cell(position, cell) for position, cell in enumerate(nb.cells)]
     metadata = {**kept, "kernelspec": KERNEL, "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
-    return nbformat.from_dict({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5})
+    nb = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return nbformat.from_dict(nb)  # pyright: ignore[reportReturnType]
 
 
 def read(path: str | Path) -> NotebookNode:
     """A notebook from a file."""
-    return nbformat.read(path, as_version=4)
+    return nbformat.read(path, as_version=4)  # pyright: ignore[reportReturnType]
 
 
 def write(nb: NotebookNode, path: str | Path) -> None:

@@ -84,6 +84,6 @@ def _fits_one(value: Any, kind: str) -> bool:
         return False
     if not isinstance(value, KINDS[base]):
         return False
-    if base == "list" and inner:
+    if isinstance(value, list) and base == "list" and inner:
         return all(_fits(item, inner.removesuffix("]")) for item in value)
     return True

@@ -45,7 +45,8 @@ class Result:
         if self.status == "fresh":
             return f"{self.chapter}: nothing changed, kept"
         peak = f", {self.peak_mib:.0f} MiB" if self.peak_mib else ""
-        return f"{self.chapter}: {self.status} in {self.seconds:.0f} s{peak}" + (f"\n{self.error}" if self.error else "")
+        error = f"\n{self.error}" if self.error else ""
+        return f"{self.chapter}: {self.status} in {self.seconds:.0f} s{peak}{error}"
 
 
 def find_root(start: str | Path = ".") -> Path:
@@ -170,7 +171,6 @@ def _plan(root: Path, name: str, profile: str, extra: dict[str, Any]) -> tuple[A
 def _run_one(
     root: Path, name: str, nb: Any, profile: str, values: dict[str, Any], custom: bool, force: bool, progress: bool
 ) -> Result:
-    from ntkbook.publish import notebooks
     from ntkbook.publish.execution import ChapterError, execute
 
     key = hashlib.sha256(json.dumps([profile, values], sort_keys=True).encode()).hexdigest()[:10]

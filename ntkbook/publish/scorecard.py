@@ -66,7 +66,7 @@ def as_text(rows: Sequence[Row], quick: Mapping[str, Record] | None = None) -> s
 
 def as_html(rows: Sequence[Row], quick: Mapping[str, Record] | None = None, *, short: bool = False) -> str:
     """The scorecard page's table, or the landing page's with ``short``; sentences link to their chapters."""
-    body = []
+    head, body = "", []
     for claim, result in rows:
         link = f'<a href="{claim.chapter}.html">{html.escape(claim.sentence)}</a>'
         verdict = badge(result.verdict if result else NOT_EVALUATED)

@@ -127,13 +127,14 @@ class Transfer:
         """Downloads one file into its place and returns the server's date for it."""
         modified = ""
 
-        def downloader(url: str, output_file: str, _: Any) -> None:
+        def downloader(url: str, output_file: str, _: object) -> None:
             nonlocal modified
             part = job.target.with_name(job.target.name + ".part")
             modified = self._until_whole(job, part)
             os.replace(part, output_file)
 
-        pooch.retrieve(job.url, job.sha256, job.target.name, job.target.parent, downloader=downloader)
+        take: Any = downloader  # pooch's own type for it names its arguments otherwise than pooch's documentation
+        pooch.retrieve(job.url, job.sha256, job.target.name, job.target.parent, downloader=take)
         return modified
 
     def _until_whole(self, job: Job, part: Path) -> str:
@@ -144,22 +145,28 @@ class Transfer:
             try:
                 modified = self._attempt(job, part)
                 break
-            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-                if not self.answered.is_set():
-                    self.unreachable.set()
-                    raise _TransferError(f"the server can't be reached ({type(error).__name__})") from error
-                failure = _TransferError(f"the connection broke ({type(error).__name__})", again=True)
             except _TransferError as error:
-                failure = error
-            if not failure.again or attempt == ATTEMPTS - 1:
-                raise failure
+                if not error.again or attempt == ATTEMPTS - 1:
+                    raise
             time.sleep(PAUSE * 2**attempt)
+        else:
+            raise AssertionError("the last attempt either succeeds or raises")
         _tag(part).unlink(missing_ok=True)
         if job.target.suffix == ".gz":
             _check_gzip(part)
         return modified
 
     def _attempt(self, job: Job, part: Path) -> str:
+        """`_request`, with the library's errors told as ours."""
+        try:
+            return self._request(job, part)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            if self.answered.is_set():
+                raise _TransferError(f"the connection broke ({type(error).__name__})", again=True) from error
+            self.unreachable.set()
+            raise _TransferError(f"the server can't be reached ({type(error).__name__})") from error
+
+    def _request(self, job: Job, part: Path) -> str:
         """One request, for what `part` lacks; returns the server's date for the file."""
         # Going on is safe only with the server's mark of the very file that was begun: upstream files change daily.
         tag = _tag(part).read_text(encoding="utf-8") if _tag(part).is_file() else ""
@@ -168,13 +175,14 @@ class Transfer:
         with self.session.get(job.url, headers=headers, timeout=TIMEOUT, stream=True) as answer:
             self.answered.set()
             if answer.status_code == 416:  # nothing after what we have: begin again
-                part.unlink()
+                part.unlink(missing_ok=True)
                 raise _TransferError("the server refused to go on with the partial file", again=True)
             if answer.status_code not in (200, 206):
                 busy = answer.status_code in BUSY
                 raise _TransferError(f"HTTP status {answer.status_code} {answer.reason}", again=busy)
             if answer.status_code == 200:
                 have = 0
+                part.unlink(missing_ok=True)  # before the new mark: never the mark of one file beside another's bytes
             elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
                 part.unlink()
                 raise _TransferError("the server went on from another place than asked", again=True)
@@ -196,6 +204,8 @@ def _tag(part: Path) -> Path:
 def _check_gzip(part: Path) -> None:
     """Removes what is not a whole gzip file, with an error."""
     try:
+        if not part.stat().st_size:  # which gzip takes for a file without content
+            raise EOFError("it is empty")
         with gzip.open(part) as file:
             while file.read(1 << 20):
                 pass

@@ -1,0 +1,536 @@
+"""Linearization against loops of autograd, torch.func and curvlinops; its errors; and that it changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from curvlinops import JacobianLinearOperator
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles.jacobian import loop_jacobian
+from oracles.networks import CASES, build
+from torch import nn
+from torch.func import functional_call, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ntkbook import Linearization, linearize
+from ntkbook.gram import find_layers
+
+TOLERANCE = 1e-12  # of the largest entry, in float64
+
+
+def error(got, want):
+    """The largest difference, relative to the largest entry."""
+    assert got.shape == want.shape, (got.shape, want.shape)
+    return float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
+
+
+def takes_layer_path(lin, x):
+    return find_layers(lin.net, lin._call, lin.params, x[:1]) is not None
+
+
+def snapshot(net):
+    """Everything of a network that a call could change."""
+    return {
+        "state": {name: value.clone() for name, value in net.state_dict().items()},
+        "versions": [(value.data_ptr(), value._version) for value in [*net.parameters(), *net.buffers()]],
+        "gradients": [None if p.grad is None else p.grad.clone() for p in net.parameters()],
+        "trainable": [p.requires_grad for p in net.parameters()],
+        "modes": [module.training for module in net.modules()],
+        "hooks": [
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in net.modules()
+        ],
+        "rng": torch.get_rng_state(),
+        "settings": (torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()),
+    }
+
+
+def assert_unchanged(net, before):
+    after = snapshot(net)
+    for part in before:
+        torch.testing.assert_close(after[part], before[part], rtol=0, atol=0, equal_nan=True)
+
+
+# ------------------------------------------------------------------ every kind of network
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_product_equals_the_loop_of_autograd(name):
+    net, x = build(name)
+    _, x2 = build(name, n=3, seed=1)
+    lin = Linearization(net)
+    reference, reference2 = loop_jacobian(net, x), loop_jacobian(net, x2)
+    n, o = len(x), len(reference) // len(x)
+    assert takes_layer_path(lin, x) is CASES[name].layers
+    assert lin.num_params == reference.shape[1]
+
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(lin.num_params, 3, dtype=torch.double, generator=generator)
+    u = torch.randn(n, o, 3, dtype=torch.double, generator=generator)
+    gram = reference @ reference.T
+    cross = reference @ reference2.T
+    with sdpa_kernel(SDPBackend.MATH):
+        pushed = lin.jvp(x, v)
+    found = {
+        "outputs": error(lin.outputs(x), net(x.clone()).detach().reshape(n, o)),
+        "jacobian": error(lin.jacobian(x), reference),
+        "jvp": error(pushed, (reference @ v).view(n, o, 3)),
+        "vjp": error(lin.vjp(x, u), reference.T @ u.view(n * o, 3)),
+        "gram": error(lin.gram(x), gram),
+        "cross": error(lin.gram(x, x2), cross),
+        "trace": error(lin.gram(x, x2, trace=True), torch.einsum("icjc->ij", cross.view(n, o, 3, o))),
+        "output": error(lin.gram(x, x2, output=-1), cross.view(n, o, 3, o)[:, -1, :, -1]),
+        "diagonal": error(lin.diagonal(x), gram.diagonal()),
+        "its output": error(lin.diagonal(x, output=o - 1), gram.diagonal().view(n, o)[:, -1]),
+    }
+    assert max(found.values()) < TOLERANCE, found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_mutated(name):
+    net, x = build(name)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before, inputs = snapshot(net), x.clone()
+    lin = Linearization(net)
+    kept = {k: v.clone() for k, v in {**lin.params, **lin.constants}.items()}
+    o = lin.outputs(x).shape[1]
+    lin.gram(x)
+    lin.gram(x, x[:2], trace=True)
+    lin.diagonal(x)
+    lin.jacobian(x)
+    lin.vjp(x, torch.ones(len(x), o, dtype=torch.double))
+    with sdpa_kernel(SDPBackend.MATH):
+        lin.jvp(x, torch.ones(lin.num_params, dtype=torch.double))
+    assert_unchanged(net, before)
+    assert torch.equal(x, inputs)
+    for key, value in {**lin.params, **lin.constants}.items():
+        assert torch.equal(value, kept[key]), key
+
+
+@pytest.mark.parametrize("name", ["tanh", "convolutions"])
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 100])
+def test_chunks_do_not_change_results(name, chunk_size):
+    net, x = build(name, n=7)
+    whole, chunked = Linearization(net), Linearization(net, chunk_size=chunk_size)
+    v = torch.randn(whole.num_params, 2, dtype=torch.double)
+    u = torch.randn(7, 3, 2, dtype=torch.double)
+    for call in (
+        lambda lin: lin.outputs(x),
+        lambda lin: lin.jacobian(x),
+        lambda lin: lin.jvp(x, v),
+        lambda lin: lin.vjp(x, u),
+        lambda lin: lin.gram(x),
+        lambda lin: lin.gram(x[:2], x),
+        lambda lin: lin.gram(x, x[:2], trace=True),
+        lambda lin: lin.diagonal(x, output=1),
+    ):
+        assert error(call(chunked), call(whole)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["tanh", "convolutions"])
+def test_little_memory_only_makes_smaller_chunks(name, monkeypatch):
+    net, x = build(name, n=7)
+    whole = Linearization(net).gram(x)
+    monkeypatch.setattr(linearize, "working_memory", lambda device: 20_000)
+    monkeypatch.setattr(linearize, "total_memory", lambda device: 50_000)  # few chunks of features kept at a time
+    assert error(Linearization(net).gram(x), whole) < TOLERANCE
+    assert error(Linearization(net, chunk_size=2).gram(x, x[1:]), whole[:, 3:]) < TOLERANCE
+
+
+def test_one_point_against_many_takes_few_passes():
+    net, x = build("tanh", n=200)
+    calls = []
+    net[0].register_forward_hook(lambda *args: calls.append(0))  # also sends it to the fallback
+    Linearization(net).gram(x[:1], x)
+    fallback = len(calls)
+    assert fallback < 10
+
+
+# ------------------------------------------------------------------ second opinions
+
+
+def test_agrees_with_curvlinops():
+    net, x = build("convolutions")
+    lin = Linearization(net)
+    operator = JacobianLinearOperator(net, list(net.parameters()), [(x, torch.zeros(len(x), 3))], check_deterministic=False)
+    identity = torch.eye(lin.num_params, dtype=torch.double)
+    assert error(lin.jacobian(x), operator @ identity) < TOLERANCE
+    assert error(lin.jvp(x, identity[:, :4]).reshape(-1, 4), operator @ identity[:, :4]) < TOLERANCE
+    u = torch.randn(len(x), 3, dtype=torch.double)
+    assert error(lin.vjp(x, u), operator.adjoint() @ u.reshape(-1)) < TOLERANCE
+
+
+def test_agrees_with_torch_func():
+    net, x = build("branches")
+    parts = jacrev(lambda p: functional_call(net, p, (x,)))(dict(net.named_parameters()))
+    whole = torch.cat([parts[name].flatten(2) for name, _ in net.named_parameters()], dim=2).flatten(0, 1)
+    lin = Linearization(net)
+    assert error(lin.jacobian(x), whole) < TOLERANCE
+    assert error(lin.gram(x), whole @ whole.T) < TOLERANCE
+
+
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "softplus": nn.Softplus, "elu": nn.ELU}
+
+
+@given(
+    widths=st.lists(st.integers(1, 9), min_size=2, max_size=5),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    bias=st.booleans(),
+    n=st.integers(1, 6),
+    m=st.integers(1, 6),
+    chunk_size=st.none() | st.integers(1, 4),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    frozen=st.integers(0, 31),
+    seed=st.integers(0, 1000),
+)
+def test_random_networks(widths, activation, bias, n, m, chunk_size, dtype, frozen, seed):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        layers = [(nn.Linear(i, o, bias=bias), ACTIVATIONS[activation]()) for i, o in zip(widths, widths[1:])]
+        net = nn.Sequential(*[module for pair in layers for module in pair][:-1]).to(dtype)
+        x, x2 = torch.randn(n, widths[0], dtype=dtype), torch.randn(m, widths[0], dtype=dtype)
+    for i, parameter in enumerate(net.parameters()):
+        parameter.requires_grad_(not frozen >> i & 1)
+    if not any(p.requires_grad for p in net.parameters()):
+        net[0].weight.requires_grad_()
+    lin = Linearization(net, chunk_size=chunk_size)
+    reference, reference2 = loop_jacobian(net, x), loop_jacobian(net, x2)
+    scale = (reference.norm(dim=1).max() * reference2.norm(dim=1).max()).clamp_min(1e-20)
+    close = 1e-13 if dtype == torch.float64 else 1e-5
+    assert takes_layer_path(lin, x)
+    assert lin.gram(x, x2).dtype == dtype
+    assert (lin.gram(x, x2) - reference @ reference2.T).abs().max() <= close * scale
+    square = reference @ reference.T
+    assert (lin.gram(x) - square).abs().max() <= close * square.abs().max()
+    assert (lin.diagonal(x) - square.diagonal()).abs().max() <= close * square.abs().max()
+    assert (lin.jacobian(x) - reference).abs().max() <= close * reference.abs().max()
+
+
+def test_a_jvp_is_what_finite_differences_tend_to():
+    net, x = build("tanh")
+    lin = Linearization(net)
+    v = torch.randn(lin.num_params, dtype=torch.double)
+    at = lambda h: functional_call(net, lin.unflatten(lin.flatten(lin.params) + h * v), (x,))  # noqa: E731
+    difference = (at(1e-5) - at(-1e-5)) / 2e-5
+    assert error(lin.jvp(x, v), difference.detach()) < 1e-8
+
+
+# ------------------------------------------------------------------ parameters, dtypes, shapes
+
+
+def test_params_by_name_keep_the_networks_order():
+    net, x = build("tanh")
+    whole = Linearization(net)
+    names = ["4.bias", "2.weight"]
+    some = Linearization(net, params=names)
+    assert list(some.params) == ["2.weight", "4.bias"]
+    assert error(some.jacobian(x), loop_jacobian(net, x, names)) < TOLERANCE
+    assert takes_layer_path(some, x)
+    assert error(some.gram(x), some.jacobian(x) @ some.jacobian(x).T) < TOLERANCE
+    rest = Linearization(net, params=[name for name in whole.params if name not in names])
+    assert error(some.gram(x) + rest.gram(x), whole.gram(x)) < TOLERANCE
+    frozen, _ = build("frozen")
+    assert Linearization(frozen, params=["0.weight"]).num_params == 28  # also one that is frozen, if it is asked for
+
+
+def test_params_with_other_values_linearise_there():
+    net, x = build("tanh")
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.3)
+    lin = Linearization(net, params=dict(other.named_parameters()))
+    assert error(lin.gram(x), Linearization(other).gram(x)) < TOLERANCE
+    assert error(lin.outputs(x), other(x).detach()) < TOLERANCE
+
+
+def test_training_afterwards_changes_nothing():
+    net, x = build("batch norm")
+    lin = Linearization(net)
+    before = lin.gram(x)
+    with torch.no_grad():
+        for value in [*net.parameters(), *net.buffers()]:
+            value.add_(1)
+    assert torch.equal(lin.gram(x), before)
+
+
+@pytest.mark.parametrize("name", ["tanh", "convolutions", "transformer"])
+def test_float32_and_conversion(name):
+    net, x = build(name, dtype=torch.float32)
+    lin = Linearization(net)
+    gram = lin.gram(x)
+    assert gram.dtype == lin.dtype == torch.float32
+    double = lin.to(dtype=torch.double)
+    points = x.double() if x.is_floating_point() else x
+    reference = double.gram(points)
+    assert reference.dtype == double.dtype == torch.double
+    assert error(gram.double(), reference) < 1e-5
+    wide = loop_jacobian(copy.deepcopy(net).double(), points)
+    assert error(reference, wide @ wide.T) < TOLERANCE
+    assert next(net.parameters()).dtype == torch.float32
+
+
+def test_vectors_dicts_and_blocks():
+    net, x = build("tanh")
+    lin = Linearization(net)
+    v = torch.randn(lin.num_params, dtype=torch.double)
+    tree = lin.unflatten(v)
+    assert [part.shape for part in tree.values()] == [p.shape for p in net.parameters()]
+    assert torch.equal(lin.flatten(dict(reversed(tree.items()))), v)
+    assert lin.jvp(x, v).shape == (6, 3)
+    assert torch.equal(lin.jvp(x, tree), lin.jvp(x, v))
+    assert lin.jvp(x, v[:, None]).shape == (6, 3, 1)
+    many = torch.randn(lin.num_params, 130, dtype=torch.double)  # more than are pushed at once
+    assert error(lin.jvp(x, many).reshape(18, -1), lin.jacobian(x) @ many) < TOLERANCE
+    u = torch.randn(6, 3, 130, dtype=torch.double)
+    assert error(lin.vjp(x, u), lin.jacobian(x).T @ u.reshape(18, -1)) < TOLERANCE
+    assert lin.vjp(x, u[..., 0]).shape == (lin.num_params,)
+    assert lin.vjp(x, u[..., :1]).shape == (lin.num_params, 1)
+
+
+# ------------------------------------------------------------------ autograd around it
+
+
+@pytest.mark.parametrize("name", ["tanh", "layer norm", "transformer"])
+def test_inference_mode_and_no_grad(name):
+    net, x = build(name)
+    want = Linearization(net).gram(x)
+    with torch.no_grad():
+        assert torch.equal(Linearization(net).gram(x), want)
+    with torch.inference_mode():
+        lin = Linearization(net)
+        points = x.clone()
+        assert torch.equal(lin.gram(points), want)
+        assert torch.equal(lin.gram(points, x2=points[:2]), lin.gram(x, x[:2]))
+        lin.vjp(points, u=torch.ones(6, lin.outputs(points).shape[1], dtype=torch.double))
+        with sdpa_kernel(SDPBackend.MATH):
+            lin.jvp(points, lin.unflatten(torch.ones(lin.num_params, dtype=torch.double)))
+    assert torch.equal(lin.gram(x), want)  # made inside, used outside
+    assert not want.requires_grad
+
+
+@pytest.mark.parametrize("name", ["tanh", "vector output", "layer norm", "called twice"])
+def test_derivatives_in_the_inputs(name):
+    net, x = build(name, n=3)
+    lin = Linearization(net, chunk_size=2)
+    if name == "vector output":
+        lin = Linearization(net, chunk_size=2, params=["a.weight", "b.bias", "head.weight"])
+    x, x2 = x[:3, :].requires_grad_(), torch.randn(2, 4, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a: lin.gram(a), (x,))
+    assert torch.autograd.gradcheck(lambda a, b: lin.gram(a, b), (x, x2))
+    assert torch.autograd.gradcheck(lambda a, b: lin.gram(a, b, trace=True), (x, x2))
+    assert torch.autograd.gradcheck(lambda a: lin.diagonal(a), (x,))
+    assert torch.autograd.gradcheck(lambda a: lin.jacobian(a), (x,))
+    assert torch.autograd.gradcheck(lambda a: lin.outputs(a), (x,))
+    o = lin.outputs(x).shape[1]
+    v = torch.randn(lin.num_params, 2, dtype=torch.double, requires_grad=True)
+    u = torch.randn(3, o, 2, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lin.jvp, (x, v))
+    assert torch.autograd.gradcheck(lin.vjp, (x, u))
+    with torch.no_grad():
+        assert not lin.gram(x).requires_grad
+
+
+# ------------------------------------------------------------------ errors
+
+
+def refused(kind, message, call, net):
+    """The error comes, says what it should, and leaves the network alone."""
+    before = snapshot(net)
+    with pytest.raises(kind, match=message):
+        call()
+    assert_unchanged(net, before)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.BatchNorm1d(3), r"BatchNorm1d '1' is in train mode.*Call net.eval\(\)"),
+        (nn.Dropout(0.5), r"Dropout '1' is in train mode.*outputs are random.*net.eval\(\)"),
+        (nn.RReLU(), "RReLU '1' is in train mode"),
+        (nn.BatchNorm1d(3, track_running_stats=False), "keeps no running statistics.*track_running_stats=True"),
+        (nn.LSTM(3, 3, 2, dropout=0.1), "LSTM '1' is in train mode"),
+        (nn.Sequential(nn.Identity(), nn.InstanceNorm1d(3, track_running_stats=True)), r"InstanceNorm1d '1.1' is in"),
+    ],
+)
+def test_train_mode_is_refused(module, message):
+    net = nn.Sequential(nn.Linear(3, 3), module).double()
+    lin, x = Linearization(net), torch.randn(4, 3, dtype=torch.double)
+    for call in (lin.outputs, lin.gram, lin.jacobian, lin.diagonal):
+        refused(ValueError, message, lambda call=call: call(x), net)
+
+
+def test_randomness_and_changing_buffers_are_refused():
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x), 0.5)
+
+    net = Noisy(3, 2).double().eval()
+    x = torch.randn(4, 3, dtype=torch.double)
+    refused(ValueError, "draws random numbers, so it has no one Jacobian", lambda: Linearization(net).gram(x), net)
+
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count += 1
+            return super().forward(x) * self.count
+
+    counting = Counting().double()
+    lin = Linearization(counting)
+    refused(ValueError, r"changes its own \['count'\]", lambda: lin.gram(x), counting)
+    assert lin.constants["count"] == 0
+
+
+def test_networks_without_parameters_are_refused():
+    frozen = nn.Linear(3, 2).requires_grad_(False)
+    for net in (nn.ReLU(), frozen):
+        refused(ValueError, r"nothing to linearise in.*Pass params=\[", lambda net=net: Linearization(net), net)
+    refused(ValueError, "no parameters of this network, which has", lambda: Linearization(frozen, ["wait"]), frozen)
+    refused(ValueError, r"an iterable of names, such as \['bias'\]", lambda: Linearization(frozen, "bias"), frozen)
+    wrong = {"weight": torch.zeros(3, 3)}
+    refused(ValueError, r"params\['weight'\]: expected real numbers of shape \(2, 3\)", lambda: Linearization(frozen, wrong), frozen)
+    refused(ValueError, "chunk_size: expected a positive", lambda: Linearization(nn.Linear(3, 2), chunk_size=0), frozen)
+    mixed = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).double())
+    refused(ValueError, "expected one dtype on one device", lambda: Linearization(mixed), mixed)
+
+
+@pytest.mark.parametrize("name", ["tanh", "layer norm"])
+def test_inputs_are_checked(name):
+    net, x = build(name)
+    lin = Linearization(net)
+    holes = x.clone()
+    holes[[1, 3], 2] = torch.nan
+    for call in (lin.gram, lin.jacobian, lin.diagonal, lin.outputs, lambda bad: lin.gram(x, bad)):
+        refused(ValueError, "x: 2 of 6 examples hold NaN", lambda call=call: call(holes), net)
+        refused(ValueError, "expected torch.float64 on cpu.*got torch.float32", lambda call=call: call(x.float()), net)
+        refused(ValueError, "got torch.float64 on meta.*Convert it", lambda call=call: call(x.to("meta")), net)
+        refused(ValueError, r"at least one example, got shape \(0, 4\)", lambda call=call: call(x[:0]), net)
+        refused(ValueError, r"at least one example, got shape \(\)", lambda call=call: call(x[0, 0]), net)
+        refused(RuntimeError, "shape", lambda call=call: call(x[:, :3]), net)
+
+
+def test_vectors_are_checked():
+    net, x = build("tanh")
+    lin = Linearization(net)
+    p = lin.num_params
+    double = {"dtype": torch.double}
+    refused(ValueError, rf"v: expected \({p},\) or \({p}, k\), got \(3,\)", lambda: lin.jvp(x, torch.ones(3, **double)), net)
+    refused(ValueError, "v: expected torch.float64", lambda: lin.jvp(x, torch.ones(p)), net)
+    refused(ValueError, r"expected the entries \['0.weight'", lambda: lin.jvp(x, {"a": torch.ones(3)}), net)
+    refused(ValueError, r"u: expected \(6, 3\) or \(6, 3, k\), got \(18,\)", lambda: lin.vjp(x, torch.ones(18, **double)), net)
+    refused(ValueError, "u: expected torch.float64", lambda: lin.vjp(x, torch.ones(6, 3)), net)
+    refused(ValueError, "the network has 3 outputs, got index 3", lambda: lin.gram(x, output=3), net)
+    refused(ValueError, "the network has 3 outputs, got index -4", lambda: lin.diagonal(x, output=-4), net)
+    refused(ValueError, "give one of them", lambda: lin.gram(x, output=0, trace=True), net)
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda z: z[None], r"must map n examples to \(n,\) or \(n, o\); from one example it made \(1, 1, 3\)"),
+        (lambda z: z.sum(), r"from one example it made \(\)"),
+        (lambda z: z.squeeze(0), r"from one example it made \(3,\).*squeeze\(-1\)"),
+        (lambda z: (z, z), "from one example it made tuple"),
+    ],
+)
+def test_outputs_are_checked(forward, message):
+    class Net(nn.Linear):
+        def forward(self, x):
+            return forward(super().forward(x))
+
+    net = Net(4, 3)
+    refused(ValueError, message, lambda: Linearization(net).gram(torch.randn(2, 4)), net)
+
+
+def test_a_missing_forward_derivative_is_explained():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(8, 1)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x)[0].sum(1))
+
+    torch.manual_seed(0)
+    net, x = Attends().double().eval(), torch.randn(3, 4, 8, dtype=torch.double)
+    for case, points in ((net, x), build("transformer")):
+        lin = Linearization(case)
+        v = torch.ones(lin.num_params, dtype=torch.double)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            refused(
+                NotImplementedError,
+                r"jvp: .* without a forward-mode derivative.*SDPBackend.MATH",
+                lambda lin=lin, points=points, v=v: lin.jvp(points, v),
+                case,
+            )
+        with sdpa_kernel(SDPBackend.MATH):  # the remedy helps
+            assert error(lin.jvp(points, v), (lin.jacobian(points) @ v).view(len(points), -1)) < TOLERANCE
+
+
+def test_what_torch_func_cannot_do_is_explained():
+    class Choosy(nn.Linear):
+        def forward(self, x):
+            z = super().forward(x) * self.weight.sum()
+            return z if z.sum() > 0 else -z
+
+    net, x = Choosy(4, 3), torch.randn(2, 4)
+    refused(NotImplementedError, "jacobian: torch.func cannot.*an if on a tensor", lambda: Linearization(net).gram(x), net)
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g * ctx.saved_tensors[0]
+
+    class Old(nn.Linear):
+        def forward(self, x):
+            return Square.apply(super().forward(x))
+
+    for old in (Old(4, 3), nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), Old(3, 2))):
+        refused(NotImplementedError, "torch.func cannot transform", lambda old=old: Linearization(old).jacobian(x), old)
+
+
+def test_an_exception_in_the_middle_leaves_nothing_behind():
+    class Fragile(nn.Module):
+        def forward(self, x):
+            if len(x) > 1:
+                raise KeyError("in the middle")
+            return x
+
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), Fragile(), nn.Linear(3, 2))
+    refused(KeyError, "in the middle", lambda: Linearization(net).gram(torch.randn(3, 4)), net)
+
+
+def test_inputs_overwritten_behind_autograds_back_are_refused_not_wrong():
+    class Overwrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            z = self.layer(x)
+            x.zero_()
+            return torch.sin(z)
+
+    net = Overwrites()
+    refused(RuntimeError, "modified by an inplace operation", lambda: Linearization(net).gram(torch.randn(2, 4)), net)
+
+
+def test_what_cannot_fit_is_refused(monkeypatch):
+    net, x = build("tanh", n=100)
+    lin = Linearization(net)
+    monkeypatch.setattr("ntkbook.memory.available_memory", lambda device: 100_000)
+    refused(MemoryError, r"The Gram matrix of 300 x 300 torch.float64 takes 0.0 GiB, and .* available on cpu. Use fewer", lambda: lin.gram(x), net)
+    refused(MemoryError, "The Jacobian of 300 x 93 .* Use jvp, vjp or gram", lambda: lin.jacobian(x), net)
+    assert lin.gram(x, output=0).shape == (100, 100)
+    monkeypatch.setattr("ntkbook.memory.available_memory", lambda device: 2**40)
+    refused(MemoryError, r"takes 3.4 TiB|takes 3352\d\.\d GiB", lambda: lin.gram(x[:1].expand(10**6, 4)[:707107]), net)

@@ -1,0 +1,58 @@
+"""networks.py: PyTorch's own initialisation, from a seed, leaving the global random state alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from ntkbook.experiments.networks import ACTIVATIONS, mlp, split_last
+
+
+def test_mlp_is_what_pytorch_makes_after_manual_seed():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        expected = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 1))
+    net = mlp([2, 5, 4, 1], "relu", seed=3)
+    assert [type(layer) for layer in net] == [type(layer) for layer in expected]
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), expected.parameters()))
+
+
+def test_mlp_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    mlp([1, 3, 1], seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_one_seed_is_one_network_in_every_dtype_and_another_seed_another():
+    single, double = mlp([1, 3, 1], seed=7), mlp([1, 3, 1], seed=7, dtype=torch.float64)
+    assert next(single.parameters()).dtype == torch.float32
+    assert all(torch.equal(a.double(), b) for a, b in zip(single.parameters(), double.parameters()))
+    assert not torch.equal(single[0].weight, mlp([1, 3, 1], seed=8)[0].weight)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_runs(activation):
+    assert mlp([1, 3, 2], activation)(torch.ones(4, 1)).shape == (4, 2)
+
+
+@pytest.mark.parametrize("sizes", [[1], [], [1, 0, 1]])
+def test_sizes_are_checked(sizes):
+    with pytest.raises(ValueError, match="at least two positive numbers"):
+        mlp(sizes)
+
+
+def test_unknown_activation_is_named_with_those_that_are_known():
+    with pytest.raises(ValueError, match=r"tanh, relu.*got 'sin'"):
+        mlp([1, 1], "sin")
+
+
+def test_split_last_shares_the_parameters():
+    net, x = mlp([1, 3, 2]), torch.ones(4, 1)
+    features, last = split_last(net)
+    torch.testing.assert_close(last(features(x)), net(x), rtol=0, atol=0)
+    assert last.weight is net[-1].weight
+
+
+@pytest.mark.parametrize("net", [nn.Linear(1, 1), nn.Sequential(), nn.Sequential(nn.Linear(1, 1), nn.Tanh())])
+def test_split_last_needs_a_last_linear_layer(net):
+    with pytest.raises(TypeError, match=r"nn.Sequential\(features, nn.Linear"):
+        split_last(net)
