@@ -132,8 +132,9 @@ def test_what_is_no_whole_gzip_file_does_not_land(tmp_path, content):
 def test_a_fixed_hash_is_checked(tmp_path):
     with serve({"/a": BODY, "/b": BODY}) as server:
         right = hashlib.sha256(BODY).hexdigest()
+        jobs = [job(server, tmp_path, "a", right), job(server, tmp_path, "b", "0" * 64)]
         with pytest.raises(DownloadError, match=r"b: SHA256 hash.*does not match") as error:
-            download([job(server, tmp_path, "a", right), job(server, tmp_path, "b", "0" * 64)], tmp_path, progress=False)
+            download(jobs, tmp_path, progress=False)
         assert f"sha256: {'0' * 64}" in str(error.value)
     assert landed(tmp_path) == ["a"]
 

@@ -41,10 +41,6 @@ def test_the_registry_is_complete():
         assert all(len(sha256) == 64 for _, sha256 in entry.sha256)
 
 
-def test_the_cache_is_the_users():
-    assert "ntkbook" in str(sources.pooch.os_cache("ntkbook"))
-
-
 def test_the_data_folder_comes_before_the_cache(cache, tmp_path, monkeypatch):
     cached = put(cache)
     assert sources.obtain(PRECIPITATION, [PANA]) == {PANA: cached}

@@ -130,7 +130,8 @@ def posterior_panel(
     for points, colour, marker, label in ((test, TEST, ".", "held out"), (context, CONTEXT, "o", "context")):
         if points is not None:
             xs, ys = (np.asarray(v).squeeze() for v in points)
-            ax.plot(xs, ys, marker, color=colour, markersize=4, linestyle="none", label=label)
+            many = np.size(xs) > 100  # as one picture in the SVG: hundreds of paths a panel add up to megabytes
+            ax.plot(xs, ys, marker, color=colour, markersize=4, linestyle="none", label=label, rasterized=many)
 
 
 def metric_table(rows: Mapping[str, Mapping[str, Any]], profile: str = "cpu", caption: str = "") -> Any:

@@ -37,8 +37,7 @@ def strip(nb: NotebookNode) -> NotebookNode:
     kept = {key: nb.metadata[key] for key in ("ntkbook",) if key in nb.metadata}
     cells = [_strip_cell(position, cell) for position, cell in enumerate(nb.cells)]
     metadata = {**kept, "kernelspec": KERNEL, "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
-    nb = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
-    return nbformat.from_dict(nb)  # pyright: ignore[reportReturnType]
+    return NotebookNode(nbformat.from_dict({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}))
 
 
 def read(path: str | Path) -> NotebookNode:

@@ -27,16 +27,8 @@ from . import sources
 
 MONTH_LENGTH = np.array([31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31])
 MONTH_START = np.concatenate([[0], np.cumsum(MONTH_LENGTH)[:-1]])
-COLUMNS = {
-    "id": pa.string(),
-    "date": pa.int32(),
-    "element": pa.string(),
-    "value": pa.int32(),
-    "m_flag": pa.string(),
-    "q_flag": pa.string(),
-    "s_flag": pa.string(),
-    "time": pa.string(),
-}
+COLUMNS = ["id", "date", "element", "value", "m_flag", "q_flag", "s_flag", "time"]
+USED = {"id": pa.string(), "date": pa.int32(), "element": pa.string(), "value": pa.int32(), "q_flag": pa.string()}
 pc: Any = pyarrow.compute  # makes its functions as it is imported, which a type checker does not see
 FORMAT = 1  # of the columnar cache: to be raised when what is kept, or how it is computed, changes
 log = logging.getLogger(__name__)
@@ -64,8 +56,8 @@ def daily(path: Path, years: tuple[int, int]) -> np.ndarray:
         data = gzip.decompress(path.read_bytes())
         table = pyarrow.csv.read_csv(
             pa.BufferReader(data),
-            read_options=pyarrow.csv.ReadOptions(column_names=list(COLUMNS)),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=COLUMNS),
+            read_options=pyarrow.csv.ReadOptions(column_names=COLUMNS),
+            convert_options=pyarrow.csv.ConvertOptions(column_types=USED, include_columns=list(USED)),
         )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is no whole gzip file ({error}): delete it and get it again") from error

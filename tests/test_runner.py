@@ -1,0 +1,161 @@
+"""Running chapters: parameters, profiles, failures, what is redone, and what is stored."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ntkbook.publish import notebooks, runner
+from ntkbook.publish.parameters import ParameterError, check_parameters, declared
+
+
+@pytest.fixture
+def copied(toybook, tmp_path):
+    """A copy of the toy book with its runs, to change."""
+    return Path(shutil.copytree(toybook, tmp_path / "book"))
+
+
+def test_chapters_come_from_the_table_of_contents(toybook):
+    assert runner.chapters(toybook) == ["01_toy", "07_scorecard"]
+    assert runner.select(toybook, []) == ["01_toy", "07_scorecard"]
+    assert runner.select(toybook, ["7", "01", "01_toy"]) == ["07_scorecard", "01_toy"]
+    with pytest.raises(ValueError, match="no chapter '02'; there are 01_toy, 07_scorecard"):
+        runner.select(toybook, ["02"])
+
+
+def test_the_root_is_found_from_below(toybook, tmp_path):
+    assert runner.find_root(toybook / "book" / "results") == toybook
+    with pytest.raises(FileNotFoundError, match=r"_toc\.yml"):
+        runner.find_root(tmp_path)
+
+
+def test_a_profile_changes_the_defaults(toybook):
+    assert runner.profile_parameters(toybook, "cpu", "01_toy") == {}
+    assert runner.profile_parameters(toybook, "quick", "01_toy") == {"profile": "quick", "size": 5}
+    with pytest.raises(ValueError, match="no profile 'fast'; there are cpu, quick"):
+        runner.profile_parameters(toybook, "fast", "01_toy")
+
+
+def test_types_are_as_annotated(toybook):
+    kinds = declared(notebooks.from_text(toybook / "book" / "01_toy.md"))
+    assert kinds["sizes"] == "list[int]"
+    assert kinds["scale"] == "float"
+    assert set(kinds) >= {"profile", "seed", "device", "source", "data_dir"}
+
+
+@pytest.mark.parametrize(
+    "good", [{"seed": 3}, {"scale": 2}, {"scale": 0.5}, {"sizes": [1]}, {"fail": True}, {"data_dir": "x"}, {}]
+)
+def test_good_parameters(toybook, good):
+    check_parameters(notebooks.from_text(toybook / "book" / "01_toy.md"), good, "01_toy")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"sede": 3}, "no parameter 'sede'; did you mean seed"),
+        ({"zzz": 3}, "it has profile, seed"),
+        ({"seed": "3"}, "'seed' is int, got '3'"),
+        ({"seed": 0.5}, "'seed' is int"),
+        ({"seed": True}, "'seed' is int, got True"),
+        ({"fail": "true"}, "'fail' is bool"),
+        ({"sizes": [1, "a"]}, r"'sizes' is list\[int\]"),
+        ({"scale": None}, "'scale' is float"),
+    ],
+)
+def test_bad_parameters(toybook, bad, message):
+    with pytest.raises(ParameterError, match=message):
+        runner.run(toybook, ["01"], parameters=bad, progress=False)
+
+
+def test_no_gpu_is_an_error_before_the_run(toybook, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ParameterError, match="wants a GPU"):
+        runner.run(toybook, ["01"], parameters={"device": "cuda"}, progress=False)
+
+
+def test_a_chapter_without_parameters_is_an_error(tmp_path):
+    (tmp_path / "x.md").write_text("# X\n\n```{code-cell} ipython3\n1\n```\n", "utf8")
+    with pytest.raises(ValueError, match="tagged 'parameters'"):
+        notebooks.from_text(tmp_path / "x.md")
+
+
+def test_a_stored_notebook_is_the_chapter_with_outputs(toybook):
+    stored = notebooks.read(toybook / "book" / "01_toy.ipynb")
+    bare = notebooks.from_text(toybook / "book" / "01_toy.md")
+    facts = [(cell.id, cell.cell_type, cell.source, cell.metadata) for cell in stored.cells]
+    assert facts == [(cell.id, cell.cell_type, cell.source, cell.metadata) for cell in bare.cells]
+    code = [cell for cell in stored.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    text = (toybook / "book" / "01_toy.ipynb").read_text("utf8")
+    assert "papermill.record" in text  # the glued values
+    for churn in ("start_time", "iopub", "stderr", str(toybook), "this goes to standard error"):
+        assert churn not in text
+
+
+def test_storing_again_changes_no_byte(copied):
+    files = sorted((copied / "book").glob("*.ipynb"))
+    before = [path.read_bytes() for path in files]
+    runner.store(copied, force=True, progress=False)
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_the_card_says_what_a_reader_needs(toybook):
+    run = toybook / "runs" / "01_toy" / "quick"
+    card = json.loads((run / "card.json").read_text("utf8"))
+    assert card["parameters"] == {"profile": "quick", "size": 5}
+    assert card["status"] == "done"
+    assert card["versions"].keys() >= {"python", "torch", "ntkbook"}
+    assert card["data"]["draws"]["name"] == "draws"
+    assert card["wall_seconds"] > 0
+    assert card["peak_mib"] is None or card["peak_mib"] > 10
+    assert json.loads((run / "claims.json").read_text("utf8"))["toy-mean"]["verdict"] == "not evaluated"
+    stored = json.loads((toybook / "book" / "results" / "01_toy.card.json").read_text("utf8"))
+    assert "fingerprint" not in stored
+
+
+def test_a_second_run_redoes_only_what_changed(copied):
+    assert [r.status for r in runner.run(copied, profile="quick", progress=False)] == ["fresh", "fresh"]
+    chapter = copied / "book" / "07_scorecard.md"
+    chapter.write_text(chapter.read_text("utf8") + "\nOne more line.\n", "utf8")
+    assert [r.status for r in runner.run(copied, profile="quick", progress=False)] == ["fresh", "done"]
+
+
+def test_a_fingerprint_sees_what_a_run_depends_on(copied, monkeypatch):
+    nb = notebooks.from_text(copied / "book" / "01_toy.md")
+
+    def mark(values):
+        return runner.fingerprint(copied, "01_toy", nb, values)
+
+    first = mark({})
+    assert mark({}) == first
+    assert mark({"seed": 1}) != first
+    (copied / "requirements.lock").write_text("torch==0\n", "utf8")
+    second = mark({})
+    assert second != first
+    monkeypatch.setenv("NTKBOOK_DATA", "elsewhere")
+    assert mark({}) != second
+
+
+def test_a_failing_chapter_keeps_the_others_and_says_which_cell(copied, capsys):
+    chapter = copied / "book" / "01_toy.md"
+    chapter.write_text(chapter.read_text("utf8").replace("fail: bool = False", "fail: bool = True"), "utf8")
+    failed, done = runner.run(copied, profile="quick", progress=False)
+    assert (failed.status, done.status) == ("failed", "done")
+    assert "which starts with: draws = np.random" in failed.error
+    assert "RuntimeError: asked to fail" in failed.error
+    partial = notebooks.read(failed.notebook)
+    assert any("RuntimeError" in str(cell.get("outputs", "")) for cell in partial.cells)
+    assert json.loads((failed.folder / "card.json").read_text("utf8"))["status"] == "failed"
+    assert runner.run(copied, ["01"], profile="quick", progress=False)[0].status == "failed"  # not taken for fresh
+
+
+def test_progress_is_an_overall_bar_and_one_a_chapter(copied, capsys):
+    (result,) = runner.run(copied, ["07"], parameters={"profile": "gpu"})
+    assert result.folder.name not in ("cpu", "quick", "gpu")  # a hash of profile and parameters
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "chapters" in told.err
+    assert "07_scorecard" in told.err
+    assert "cell" in told.err
