@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ def outside_inference_mode(method: Callable) -> Callable:
 
     @wraps(method)
     def wrapped(self, *args, **kwargs):
-        with torch.inference_mode(False):
+        enabled = torch.is_grad_enabled()  # inference_mode(False) would turn gradients on inside no_grad
+        with torch.inference_mode(False), torch.set_grad_enabled(enabled):
             return method(self, *map(normal, args), **normal(kwargs))
 
     return wrapped
@@ -51,7 +53,7 @@ def require_pure(net: nn.Module) -> None:
 
 
 def probe(
-    call: Callable[[Mapping[str, Tensor], Tensor], Tensor], params: Mapping[str, Tensor], example: Tensor
+    call: Callable[[Mapping[str, Tensor], Tensor], Any], params: Mapping[str, Tensor], example: Tensor
 ) -> tuple[int, int]:
     """Run one example, (1, ...); return the number of outputs, and the bytes that autograd keeps of its forward pass.
 

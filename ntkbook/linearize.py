@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -76,6 +77,7 @@ class Linearization:
         constants = {name: value for name, value in own.items() if name not in chosen} | dict(net.named_buffers())
         self.constants = {name: value.detach().clone() for name, value in constants.items()}
         self.chunk_size = chunk_size
+        self._one_derivative = False  # whether forward and reverse mode were seen to agree
 
     # ------------------------------------------------------------------ what it is
 
@@ -96,7 +98,7 @@ class Linearization:
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Linearization":
         """The same linearisation on another device or in another precision; the network stays as it is."""
         other = object.__new__(Linearization)
-        other.net, other.chunk_size = self.net, self.chunk_size
+        other.net, other.chunk_size, other._one_derivative = self.net, self.chunk_size, self._one_derivative
         for field in ("params", "constants"):
             values = getattr(self, field).items()
             moved = {k: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for k, v in values}
@@ -134,13 +136,11 @@ class Linearization:
             raise ValueError(f"v: expected ({self.num_params},) or ({self.num_params}, k), got {tuple(v.shape)}.")
         self._require_same(v, "v")
         _, memory = self._inspect(x)
+        self._require_one_derivative(x[:1].detach())
         columns = v.reshape(len(v), -1).T.contiguous()
         k = len(columns)
         size = self._size(len(x), memory * min(k, 64))
-
-        def directional(part: Tensor, direction: Tensor) -> Tensor:
-            return func_jvp(lambda p: self._call(p, part), (self.params,), (self.unflatten(direction),))[1]
-
+        directional = self._directional
         blocks = []
         with explained("jvp"), torch.set_grad_enabled(_differentiable(x, v)):
             for part in x.split(size):
@@ -241,13 +241,38 @@ class Linearization:
 
     # ------------------------------------------------------------------ inside
 
-    def _raw(self, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def _raw(self, params: Mapping[str, Tensor], x: Tensor) -> Any:
         # A copy of x, for networks that begin by working on it in place.
         return functional_call(self.net, ({**self.constants, **params},), (x.clone(),))
 
     def _call(self, params: Mapping[str, Tensor], x: Tensor) -> Float[Tensor, "n o"]:
         outputs = self._raw(params, x)
         return outputs[:, None] if outputs.ndim == 1 else outputs
+
+    def _directional(self, x: Tensor, v: Float[Tensor, " p"]) -> Float[Tensor, "n o"]:
+        return func_jvp(lambda p: self._call(p, x), (self.params,), (self.unflatten(v),))[1]
+
+    def _require_one_derivative(self, example: Tensor) -> None:
+        """Raise where forward and reverse mode differ, uᵀ(J v) ≠ (Jᵀu)ᵀ v: once, on one example.
+
+        torch.no_grad stops reverse mode only, so a network that uses it has another Jacobian in each.
+        """
+        if self._one_derivative:
+            return
+        v = torch.arange(self.num_params, dtype=self.dtype, device=self.device).cos()
+        with explained("jvp"), torch.no_grad():
+            forward = self._directional(example, v)
+            u = 1 + 0.1 * torch.arange(forward.shape[1], dtype=self.dtype, device=self.device).sin()
+            back = self.flatten(func_vjp(lambda p: self._call(p, example), self.params)[1](u[None])[0])
+        one, other = (forward[0] * u).sum(), (back * v).sum()
+        size = u.norm() * forward.norm() + back.norm() * v.norm()
+        if (one - other).abs() > torch.finfo(self.dtype).eps ** 0.5 * size:
+            raise NotImplementedError(
+                "jvp: forward and reverse mode differentiate this network differently. Usual causes: torch.no_grad() "
+                "inside forward, which stops reverse mode only (use .detach(), or linearise in the other parameters), "
+                "or a custom autograd.Function whose jvp and backward disagree."
+            )
+        self._one_derivative = True
 
     def _features(self, x: Tensor, n: int, o: int, memory: int, output: int | None):
         """What a Gram block is made from: a function of a chunk of examples that gives its layers' features, or its
@@ -313,7 +338,15 @@ class Linearization:
             where = torch.isnan(x).flatten(1).any(1) if x.ndim > 1 else torch.isnan(x)
             raise ValueError(f"x: {int(where.sum())} of {len(x)} examples hold NaN. Leave them out, or fill them in.")
         require_pure(self.net)
-        return probe(self._raw, self.params, x[:1].detach())
+        versions = {name: value._version for name, value in self.constants.items()}
+        found = probe(self._raw, self.params, x[:1].detach())
+        changed = [name for name, value in self.constants.items() if value._version != versions[name]]
+        if changed:
+            raise ValueError(
+                f"The network changes its own {changed} in place when called, so it has no one Jacobian. Turn that off, "
+                "or compute the new value without changing the old one."
+            )
+        return found
 
 
 def _differentiable(*tensors: Tensor) -> bool:

@@ -90,7 +90,7 @@ def test_a_stored_notebook_is_the_chapter_with_outputs(toybook):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     text = (toybook / "book" / "01_toy.ipynb").read_text("utf8")
     assert "papermill.record" in text  # the glued values
-    for churn in ("start_time", "iopub", "stderr", str(toybook), "this goes to standard error"):
+    for churn in ("start_time", "iopub", "stderr", str(toybook), '"name": "stderr"'):
         assert churn not in text
 
 

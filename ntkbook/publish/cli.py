@@ -73,10 +73,14 @@ def book(force: Force = False, quiet: Quiet = False) -> None:
 def claims(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="As the README's table.")] = False,
+    readme: Annotated[bool, typer.Option("--readme", help="Write that table into README.md.")] = False,
 ) -> None:
     """Show the claims with their stored values and verdicts."""
-    rows = scorecard.gather(runner.find_root() / "book")
-    if as_json:
+    root = runner.find_root()
+    rows = scorecard.gather(root / "book")
+    if readme:
+        scorecard.write_readme(root / "README.md", rows)
+    elif as_json:
         records: list[dict[str, Any]] = [
             {**asdict(claim), "record": asdict(result) if result else None} for claim, result in rows
         ]

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from ntkbook.publish.claims import Bundle, badge, collect, glued, outputs, registry, row_html
 from ntkbook.publish.verdicts import NOT_EVALUATED, Claim, Record, judge
+
+README_TABLE = re.compile(r"<!-- claims:.*?-->\n(.*?)<!-- /claims -->", re.DOTALL)
 
 Row = tuple[Claim, Record | None]
 
@@ -51,6 +54,15 @@ def as_markdown(rows: Sequence[Row]) -> str:
         cells = (f"{claim.sentence} ({claim.place})", claim.paper_value or "no number", here, verdict)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def write_readme(path: Path, rows: Sequence[Row]) -> None:
+    """Put the table between the README's markers; ValueError when it has none."""
+    text = path.read_text("utf8")
+    found = README_TABLE.search(text)
+    if not found:
+        raise ValueError(f"{path}: expected <!-- claims: ... --> and <!-- /claims -->, found none")
+    path.write_text(f"{text[: found.start(1)]}{as_markdown(rows)}\n{text[found.end(1) :]}", "utf8")
 
 
 def as_text(rows: Sequence[Row], quick: Mapping[str, Record] | None = None) -> str:

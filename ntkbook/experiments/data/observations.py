@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -107,8 +108,10 @@ def load(paths: list[Path], years: tuple[int, int], progress: bool = True) -> Ta
     state = json.dumps([FORMAT, [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]])
     table = _read(kept, state)
     if table is None:
-        bar = tqdm(paths, desc="stations", disable=None if progress else True, leave=False)
-        averages = [average(daily(path, years)) for path in bar]
+        with ThreadPoolExecutor() as pool:  # threads: unpacking and parsing hold no lock of Python's
+            each = pool.map(lambda path: average(daily(path, years)), paths)
+            hidden = None if progress else True  # None: only where stderr is a terminal
+            averages = list(tqdm(each, total=len(paths), desc="stations", disable=hidden, leave=False))
         mm, n_years = (np.stack(part) for part in zip(*averages, strict=True))
         table = Table(mm, n_years, sources.digest(paths))
         _write(kept, state, table)

@@ -1,0 +1,184 @@
+"""The real book: quick runs on the embedded data, repeated strictly; the stored notebooks; the rendered pages."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from ntkbook.publish import claims, notebooks, runner, scorecard, site
+
+ROOT = Path(__file__).parents[1]
+CHAPTERS = runner.chapters(ROOT)
+STORED = {name: ROOT / "book" / f"{name}.ipynb" for name in CHAPTERS}
+MARK = "nbval-ignore-output"
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory):
+    """The root of a copy of the book with a quick run of every chapter, offline and without real data."""
+    folder = tmp_path_factory.mktemp("quick")
+    root = folder / "book"
+    shutil.copytree(ROOT / "book", root / "book")
+    shutil.copytree(ROOT / "profiles", root / "profiles")
+    for name in ("_toc.yml", "_config.yml", "requirements.lock"):
+        shutil.copyfile(ROOT / name, root / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NTKBOOK_OFFLINE", "1")
+        patch.delenv("NTKBOOK_DATA", raising=False)
+        patch.setenv("MPLCONFIGDIR", matplotlib.get_configdir())  # keep the font cache while the data cache is hidden
+        patch.setenv("XDG_CACHE_HOME", str(folder / "no-cache"))
+        results = runner.run(root, profile="quick", progress=False)
+        yield root, {result.chapter: result for result in results}
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_quick_run_succeeds_without_verdicts(quick, name, capsys):
+    _, results = quick
+    result = results[name]
+    assert result.status == "done", result.error
+    assert scorecard.check(result.notebook) == []
+    records = claims.collect(result.notebook)
+    assert {record.verdict for record in records.values()} <= {"not evaluated"}
+    assert set(records) == {claim.id for claim in claims.CLAIMS if claim.chapter == name}
+    nb = notebooks.read(result.notebook)
+    assert not [o for cell in nb.cells for o in cell.get("outputs", []) if o.get("name") == "stderr"]
+    with capsys.disabled():
+        print(f"\n  {result.line}", end="")
+
+
+def test_quick_runs_repeat_exactly(quick, capsys):
+    _, results = quick
+    paths = [result.notebook for result in results.values()]
+    done = nbval(paths)
+    assert done.returncode == 0, done.stdout[-5000:]
+    ignored = [
+        f"{path.parts[-3]}: {cell.source.strip().splitlines()[0]}"
+        for path in paths
+        for cell in notebooks.read(path).cells
+        if MARK in cell.metadata.get("tags", []) or "NBVAL_IGNORE_OUTPUT" in cell.source
+    ]
+    with capsys.disabled():
+        print(f"\n  nbval compared every output; {len(ignored)} cells were run but not compared: {ignored}", end="")
+
+
+def test_a_changed_number_is_seen_by_the_repetition(quick):
+    root, results = quick
+    fastest = min(results.values(), key=lambda result: result.seconds)
+    nb = notebooks.read(fastest.notebook)
+    (output, kind) = next(
+        (o, k) for cell in nb.cells for o in cell.get("outputs", []) for k, v in o.get("data", {}).items()
+        if isinstance(v, str) and re.search(r"\d\.\d", v)
+    )  # fmt: skip
+    text = output["data"][kind]
+    output["data"][kind] = re.sub(r"(\d\.)(\d)", lambda m: m[1] + str((int(m[2]) + 1) % 10), text, count=1)
+    changed = root / "runs" / fastest.chapter / "changed.ipynb"
+    notebooks.write(nb, changed)
+    done = nbval([changed])
+    assert done.returncode == 1
+    assert "mismatch" in done.stdout
+
+
+def nbval(paths):
+    """Run every code cell again and compare all outputs with the stored ones."""
+    command = [sys.executable, "-m", "pytest", "--nbval", "-q", "--color=no", "-p", "no:cacheprovider"]
+    return subprocess.run([*command, "-c", os.devnull, *map(str, paths)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_stored_notebook_is_its_chapter_executed_in_order(name):
+    nb, bare = notebooks.read(STORED[name]), notebooks.from_text(ROOT / "book" / f"{name}.md")
+    assert [cell.source for cell in nb.cells] == [cell.source for cell in bare.cells], f"run `ntkbook store {name}`"
+    assert [cell.id for cell in nb.cells] == [cell.id for cell in bare.cells]
+    code = [cell for cell in nb.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [cell for cell in nb.cells if {"papermill", "execution"} & set(cell.metadata)]
+    assert STORED[name].stat().st_size < 2_000_000
+    assert not re.search(r"0x[0-9a-f]{9,}|/home/|/Users/|/tmp/", STORED[name].read_text("utf8"))
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_stored_claims_follow_from_their_numbers(name):
+    assert scorecard.check(STORED[name]) == []
+    records = claims.collect(STORED[name])
+    assert set(records) == {claim.id for claim in claims.CLAIMS if claim.chapter == name}
+    assert all(record.profile != "quick" for record in records.values())
+
+
+def test_the_stored_scorecard_is_that_of_the_stored_chapters():
+    assert scorecard_is_current(ROOT / "book"), "run `ntkbook store 07`"
+
+
+def test_a_changed_claim_is_seen_in_a_copy(tmp_path):
+    """One stored number, then one verdict: both the claim's own check and the scorecard's must fail."""
+    chapter = next(claim.chapter for claim, record in scorecard.gather(ROOT / "book") if record and record.value)
+    for field in ("value", "verdict"):
+        book = Path(shutil.copytree(ROOT / "book", tmp_path / field))
+        nb = notebooks.read(book / f"{chapter}.ipynb")
+        stored = next(
+            o for cell in nb.cells for o in cell.get("outputs", [])
+            if o.get("metadata", {}).get("scrapbook", {}).get("name", "").endswith("-record")
+            and json.loads(o["data"][claims.MIME_PREFIX + "text/plain"])["value"] is not None
+        )  # fmt: skip
+        record = json.loads(stored["data"][claims.MIME_PREFIX + "text/plain"])
+        record[field] = record["value"] + 0.5 if field == "value" else f"not {record['verdict']}"
+        stored["data"][claims.MIME_PREFIX + "text/plain"] = json.dumps(record)
+        notebooks.write(nb, book / f"{chapter}.ipynb")
+        assert scorecard.check(book / f"{chapter}.ipynb")
+        assert not scorecard_is_current(book)
+
+
+def scorecard_is_current(book):
+    shown = [o["data"].get("text/html") for o in claims.outputs(book / "07_scorecard.ipynb")]
+    return scorecard.as_html(scorecard.gather(book)) in ["".join(text) for text in shown if text]
+
+
+@pytest.fixture(scope="module", params=["stored", "quick"])
+def pages(request, tmp_path_factory):
+    """The rendered book: as `make html` makes it from the stored notebooks, and as `make book` from quick runs."""
+    if request.param == "quick":
+        root, results = request.getfixturevalue("quick")
+        return site.build(root, site.stage(root, list(results.values()))).parent
+    root = tmp_path_factory.mktemp("html")
+    shutil.copytree(ROOT / "book", root / "book")
+    for name in ("_toc.yml", "_config.yml"):
+        shutil.copyfile(ROOT / name, root / name)
+    return site.build(root).parent
+
+
+def test_the_rendered_book_asks_nothing_of_the_network(pages):
+    files = list(pages.rglob("*.html"))
+    assert len(files) > len(CHAPTERS)
+    for path in files:
+        tags = re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", path.read_text("utf8"))
+        away = [tag for tag in tags if re.search(r"""(?:src|href)=["']?(?:https?:)?//""", tag)]
+        assert not [tag for tag in away if 'rel="canonical"' not in tag], path.name
+    for path in (pages / "_static").rglob("*.css"):
+        assert not re.search(r"""(?:@import|url\()\s*["'(]?\s*(?:https?:)?//""", path.read_text("utf8")), path.name
+
+
+def test_the_rendered_book_has_what_it_needs(pages):
+    static = pages / "_static"
+    assert (static / "plotly.min.js").stat().st_size > 1_000_000
+    assert (static / "mathjax" / "tex-chtml.js").exists()
+    assert (pages / "searchindex.js").exists()
+    index = (pages / "book" / "index.html").read_text("utf8")
+    assert all(f'href="{name}.html"' in index for name in CHAPTERS)
+    assert index.count("<tr>") > len(claims.CLAIMS)
+    assert "mathjax/tex-chtml.js" in (pages / "book" / f"{CHAPTERS[0]}.html").read_text("utf8")
+
+
+def test_a_warning_fails_the_build(toybook, tmp_path):
+    root = Path(shutil.copytree(toybook, tmp_path / "toy"))
+    assert site.build(root).exists()
+    index = root / "book" / "index.md"
+    index.write_text(index.read_text("utf8") + "\nSee [nothing](nothing.md).\n", "utf8")
+    with pytest.raises(site.BuildError, match="nothing"):
+        site.build(root)

@@ -1,0 +1,103 @@
+"""What the project says in several places is the same in all of them."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from ntkbook.publish import claims, runner, scorecard
+
+ROOT = Path(__file__).parents[1]
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def test_environment_yml_is_in_step_with_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf8"))
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert sorted(pip) == sorted({*PROJECT["dependencies"], *EXTRAS["book"], *EXTRAS["test"]})
+    assert f"python{PROJECT['requires-python']}" in environment["dependencies"]
+
+
+def test_the_lock_pins_every_dependency_within_its_bounds():
+    lines = [line for line in (ROOT / "requirements.lock").read_text("utf8").splitlines() if "==" in line]
+    locked = [Requirement(line.split(" \\")[0]) for line in lines if not line.strip().startswith(("#", "-"))]
+    for text in [*PROJECT["dependencies"], *EXTRAS["book"], *EXTRAS["test"]]:
+        wanted = Requirement(text)
+        pins = [pin for pin in locked if canonicalize_name(pin.name) == canonicalize_name(wanted.name)]
+        assert pins, f"{text} is not in requirements.lock"
+        for pin in pins:
+            (version,) = (spec.version for spec in pin.specifier)
+            assert wanted.specifier.contains(version), f"{pin} is outside {text}"
+
+
+def test_importing_the_library_alone_is_light():
+    code = "import sys, ntkbook; ntkbook.Linearization, ntkbook.NTKKernel, ntkbook.NTKGP; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert not loaded & {"pandas", "matplotlib", "IPython", "jupyter_client", "papermill", "plotly", "typer", "sphinx"}
+    assert not [name for name in done.stdout.split() if name.startswith(("ntkbook.publish", "ntkbook.experiments"))]
+
+
+def test_the_command_line_answers_without_loading_torch():
+    code = "import sys; import ntkbook.publish.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_the_readme_carries_the_stored_claims():
+    table = scorecard.README_TABLE.search((ROOT / "README.md").read_text("utf8"))
+    assert table
+    assert table.group(1).strip() == scorecard.as_markdown(scorecard.gather(ROOT / "book")), (
+        "README.md's table is not that of `ntkbook claims --markdown`: run `ntkbook claims --readme`"
+    )
+
+
+def test_the_readmes_picture_is_there():
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text("utf8")):
+        assert (ROOT / path).exists(), f"README.md shows {path}, which is not there"
+
+
+def test_the_readmes_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf8"), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["posterior"].mean.shape == (100,)
+    assert (names["posterior"].variance >= 0).all()
+
+
+def test_every_claim_belongs_to_a_chapter():
+    chapters = runner.chapters(ROOT)
+    for claim in claims.CLAIMS:
+        assert claim.chapter in chapters, f"{claim.id} names {claim.chapter}, which is not in _toc.yml"
+        assert re.fullmatch(r"[a-z0-9-]+", claim.id)
+        assert not claim.id.endswith(("-record", "-verdict")), f"{claim.id} would hide another's stored values"
+        assert not claim.id.startswith("data-")
+
+
+@pytest.mark.parametrize("profile", ["quick", "gpu"])
+def test_profiles_change_parameters_that_the_chapters_have(profile):
+    from ntkbook.publish import notebooks
+    from ntkbook.publish.parameters import check_parameters
+
+    entries = yaml.safe_load((ROOT / "profiles" / f"{profile}.yml").read_text("utf8"))
+    assert set(entries) == set(runner.chapters(ROOT))
+    for chapter in entries:
+        nb = notebooks.from_text(ROOT / "book" / f"{chapter}.md")
+        check_parameters(nb, runner.profile_parameters(ROOT, profile, chapter), chapter)
+
+
+def test_workflows_pin_actions_and_ask_for_little():
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        workflow = yaml.safe_load(path.read_text("utf8"))
+        assert workflow["permissions"] == {"contents": "read"}, path.name
+        for job in workflow["jobs"].values():
+            for step in job["steps"]:
+                assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step.get("uses", "a/b@" + "0" * 40)), step
