@@ -124,7 +124,12 @@ def layer_features(
     return features
 
 
-def gram_block(left: Features, right: list[LayerFeatures] | Float[Tensor, "m o p"], out: Float[Tensor, "r c"], trace: bool = False) -> None:
+def gram_block(
+    left: Features,
+    right: list[LayerFeatures] | Float[Tensor, "m o p"],
+    out: Float[Tensor, "r c"],
+    trace: bool = False,
+) -> None:
     """Add J₁ J₂ᵀ of two chunks to `out`: (n·o, m·o), or (n, m), summed over outputs, with `trace`."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         rows = (1, 2) if trace else (0, 1)

@@ -76,6 +76,15 @@ class Linearization:
         self.params = {name: value.detach().clone() for name, value in chosen.items()}
         constants = {name: value for name, value in own.items() if name not in chosen} | dict(net.named_buffers())
         self.constants = {name: value.detach().clone() for name, value in constants.items()}
+        # Where each tensor sits, tied ones in several places. functional_call can find the ties itself, but when one
+        # module has two names it leaves its own tensors behind in the network (torch 2.15).
+        names = {id(value): name for name, value in [*own.items(), *net.named_buffers()]}
+        self._places = {
+            f"{path}.{key}" if path else key: names[id(value)]
+            for path, module in net.named_modules()
+            for key, value in [*module._parameters.items(), *module._buffers.items()]
+            if value is not None
+        }
         self.chunk_size = chunk_size
         self._one_derivative = False  # whether forward and reverse mode were seen to agree
 
@@ -98,7 +107,8 @@ class Linearization:
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Linearization":
         """The same linearisation on another device or in another precision; the network stays as it is."""
         other = object.__new__(Linearization)
-        other.net, other.chunk_size, other._one_derivative = self.net, self.chunk_size, self._one_derivative
+        other.net, other.chunk_size, other._places = self.net, self.chunk_size, self._places
+        other._one_derivative = self._one_derivative
         for field in ("params", "constants"):
             values = getattr(self, field).items()
             moved = {k: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for k, v in values}
@@ -129,42 +139,49 @@ class Linearization:
     def jvp(self, x: Tensor, v: Tensor | Mapping[str, Tensor]) -> Float[Tensor, "n o"] | Float[Tensor, "n o k"]:
         """J(x) v by forward mode: (n, o) for v (p,) or a dict like the parameters, (n, o, k) for v (p, k).
 
-        One pass forward for all k vectors of a chunk together (Appendix A).
+        One pass forward for all k vectors of a chunk together (Appendix A). Through the whole Jacobian where x requires
+        a gradient.
         """
         v = self.flatten(v) if isinstance(v, Mapping) else v
         if v.ndim not in (1, 2) or len(v) != self.num_params:
             raise ValueError(f"v: expected ({self.num_params},) or ({self.num_params}, k), got {tuple(v.shape)}.")
         self._require_same(v, "v")
         _, memory = self._inspect(x)
-        self._require_one_derivative(x[:1].detach())
+        if _differentiable(x):
+            return (self.jacobian(x) @ v).view(len(x), -1, *v.shape[1:])
+        self._require_one_derivative(x[:1])
         columns = v.reshape(len(v), -1).T.contiguous()
         k = len(columns)
         size = self._size(len(x), memory * min(k, 64))
-        directional = self._directional
         blocks = []
-        with explained("jvp"), torch.set_grad_enabled(_differentiable(x, v)):
+        with explained("jvp"), torch.set_grad_enabled(_differentiable(v)):
             for part in x.split(size):
                 if k == 1:
-                    blocks.append(directional(part, columns[0])[..., None])
+                    blocks.append(self._directional(part, columns[0])[..., None])
                 else:
-                    blocks.append(vmap(partial(directional, part), out_dims=-1, chunk_size=64)(columns))
+                    blocks.append(vmap(partial(self._directional, part), out_dims=-1, chunk_size=64)(columns))
         product = torch.cat(blocks)
         return product[..., 0] if v.ndim == 1 else product
 
     @outside_inference_mode
     def vjp(self, x: Tensor, u: Tensor) -> Float[Tensor, " p"] | Float[Tensor, "p k"]:
-        """J(x)ᵀ u by reverse mode: (p,) for u (n, o), or (n,) with one output; (p, k) for u (n, o, k)."""
+        """J(x)ᵀ u by reverse mode: (p,) for u (n, o), or (n,) with one output; (p, k) for u (n, o, k).
+
+        Through the whole Jacobian where x requires a gradient.
+        """
         o, memory = self._inspect(x)
         if u.ndim == 1 and o == 1:
             u = u[:, None]
         if u.ndim not in (2, 3) or u.shape[:2] != (len(x), o):
             raise ValueError(f"u: expected ({len(x)}, {o}) or ({len(x)}, {o}, k), got {tuple(u.shape)}.")
         self._require_same(u, "u")
+        if _differentiable(x):
+            return self.jacobian(x).T @ u.flatten(0, 1)
         k = 1 if u.ndim == 2 else u.shape[2]
         size = self._size(len(x), memory * min(k, 64))
         columns = max(1, min(k, 64, working_memory(x.device) // (2 * self.num_params * u.element_size())))
         total = u.new_zeros(k, self.num_params)
-        with explained("vjp"), torch.set_grad_enabled(_differentiable(x, u)):
+        with explained("vjp"), torch.set_grad_enabled(_differentiable(u)):
             for part, weights in zip(x.split(size), u.reshape(len(x), o, k).split(size)):
                 pull = func_vjp(lambda p, part=part: self._call(p, part), self.params)[1]
                 back = lambda w, pull=pull: self.flatten(pull(w)[0])  # noqa: E731
@@ -243,7 +260,9 @@ class Linearization:
 
     def _raw(self, params: Mapping[str, Tensor], x: Tensor) -> Any:
         # A copy of x, for networks that begin by working on it in place.
-        return functional_call(self.net, ({**self.constants, **params},), (x.clone(),))
+        values = {**self.constants, **params}
+        placed = {place: values[name] for place, name in self._places.items()}
+        return functional_call(self.net, placed, (x.clone(),), tie_weights=False)
 
     def _call(self, params: Mapping[str, Tensor], x: Tensor) -> Float[Tensor, "n o"]:
         outputs = self._raw(params, x)
@@ -296,11 +315,29 @@ class Linearization:
         select = slice(None) if output is None else slice(output, output + 1)
 
         def rows(example: Tensor) -> Tensor:
-            derivatives = jacrev(lambda p: self._call(p, example[None])[0, select])(self.params)
-            return torch.cat([derivatives[name].flatten(1) for name in self.params], dim=1)
+            parts = jacrev(lambda p: self._call(p, example[None])[0, select])(self.params)
+            return torch.cat([part.reshape(len(part), -1) for part in parts.values()], dim=1)
 
-        with explained("jacobian"), torch.set_grad_enabled(_differentiable(x)):
+        if _differentiable(x):
+            return torch.stack([self._differentiable_rows(example, select) for example in x.split(1)])
+        with explained("jacobian"), torch.no_grad():
             return vmap(rows)(x)
+
+    def _differentiable_rows(self, example: Tensor, select: slice) -> Float[Tensor, "o p"]:
+        """One example's Jacobian, differentiable in it, by autograd.
+
+        Not by torch.func, whose second derivatives of operations with several outputs, such as layer_norm and
+        group_norm, are wrong without a word (torch 2.15, against finite differences).
+        """
+        leaves = {name: value.detach().requires_grad_() for name, value in self.params.items()}
+        f = self._call(leaves, example)[0, select]
+        parts = [None] * len(leaves)
+        if f.requires_grad:
+            basis = torch.eye(len(f), dtype=f.dtype, device=f.device)
+            wanted = list(leaves.values())
+            parts = torch.autograd.grad(f, wanted, basis, is_grads_batched=True, create_graph=True, allow_unused=True)
+        zeros = [f.new_zeros(len(f), value.numel()) for value in leaves.values()]
+        return torch.cat([z if d is None else d.reshape(z.shape) for z, d in zip(zeros, parts)], dim=1)
 
     def _jacobian_bytes(self, o: int, memory: int) -> int:
         """Working memory of one example's Jacobian: the rows, torch's own copy of them, and o backward passes."""
@@ -343,8 +380,8 @@ class Linearization:
         changed = [name for name, value in self.constants.items() if value._version != versions[name]]
         if changed:
             raise ValueError(
-                f"The network changes its own {changed} in place when called, so it has no one Jacobian. Turn that off, "
-                "or compute the new value without changing the old one."
+                f"The network changes its own {changed} in place when called, so it has no one Jacobian. Turn that "
+                "off, or compute the new value without changing the old one."
             )
         return found
 

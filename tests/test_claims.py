@@ -61,7 +61,7 @@ def test_a_record_is_json_and_keeps_the_stand_in():
     record = make_record(BELOW, -1.0, -2.0, -0.5, STAND_IN, "cpu", 3, "a note")
     assert record.verdict == "not evaluated"
     assert claims.Record(**json.loads(json.dumps(record.__dict__))) == record
-    assert record.text == "-1 [-2, -0.5]"
+    assert record.text == "−1.0 [−2.0, −0.5]"
 
 
 def test_a_direction_needs_its_kind_of_threshold():

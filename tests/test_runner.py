@@ -118,8 +118,22 @@ def test_the_card_says_what_a_reader_needs(toybook):
 def test_a_second_run_redoes_only_what_changed(copied):
     assert [r.status for r in runner.run(copied, profile="quick", progress=False)] == ["fresh", "fresh"]
     chapter = copied / "book" / "07_scorecard.md"
-    chapter.write_text(chapter.read_text("utf8") + "\nOne more line.\n", "utf8")
+    chapter.write_text(chapter.read_text("utf8") + "\n```{code-cell} ipython3\n1 + 1\n```\n", "utf8")
     assert [r.status for r in runner.run(copied, profile="quick", progress=False)] == ["fresh", "done"]
+
+
+def test_new_prose_is_stored_without_a_new_run(copied):
+    chapter, stored = copied / "book" / "01_toy.md", copied / "book" / "01_toy.ipynb"
+    before = notebooks.read(stored)
+    chapter.write_text(chapter.read_text("utf8").replace("# A toy chapter", "# Another title"), "utf8")
+    assert runner.store(copied, ["01"], progress=False)[0].status == "fresh"
+    after = notebooks.read(stored)
+    assert after.cells[0].source.startswith("# Another title")
+    assert [cell.get("outputs") for cell in after.cells] == [cell.get("outputs") for cell in before.cells]
+    (result,) = runner.run(copied, ["01"], profile="quick", progress=False)
+    shown = runner.finished(copied, result)
+    assert sum("injected-parameters" in cell.metadata.get("tags", []) for cell in shown.cells) == 1
+    assert len(shown.cells) == len(after.cells) + 1
 
 
 def test_a_fingerprint_sees_what_a_run_depends_on(copied, monkeypatch):

@@ -18,22 +18,30 @@
     return look;
   }
 
+  // What is drawn in black or dark grey on a light page is drawn light on a dark one.
+  function inked(part) {
+    if (!dark() || part === undefined) return part;
+    return JSON.parse(JSON.stringify(part).replace(/"#000000"/g, '"#e6e6e6"').replace(/"#4D4D4D"/gi, '"#b0b6bd"'));
+  }
+
   function draw(box) {
     const figure = JSON.parse(box.querySelector('script[type="application/json"]').textContent);
-    const still = box.querySelector(".ntk-static");
     const live = document.createElement("div");
     live.className = "ntk-live";
     box.appendChild(live);
-    const layout = { ...figure.layout, width: undefined, autosize: true };
     const narrow = window.matchMedia("(max-width: 600px)").matches;
     const margin = narrow ? { l: 40, r: 10, t: 40, b: 40 } : { l: 55, r: 20, t: 50, b: 50 };
-    const legend = { orientation: "h", y: -0.2, ...layout.legend };
     const config = { responsive: true, displaylogo: false, displayModeBar: !narrow };
-    const page = () => ({ ...layout, ...themed(layout), margin: { ...margin, ...layout.margin }, legend });
-    window.Plotly.newPlot(live, figure.data, page(), config).then(() => {
+    function layout() {
+      const own = { ...inked(figure.layout), width: undefined, autosize: true };
+      const legend = { orientation: "h", y: -0.2, ...own.legend };
+      return { ...own, ...themed(own), margin: { ...margin, ...own.margin }, legend };
+    }
+    const show = () => window.Plotly.react(live, inked(figure.data), layout(), config);
+    show().then(() => {
       if (figure.frames) window.Plotly.addFrames(live, figure.frames);
-      still.hidden = true;
-      new MutationObserver(() => window.Plotly.relayout(live, themed(live.layout))).observe(
+      box.querySelector(".ntk-static").hidden = true;
+      new MutationObserver(show).observe(
         document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
     }).catch((error) => { live.remove(); console.error("interactive figure:", error); });
   }

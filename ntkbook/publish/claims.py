@@ -157,8 +157,11 @@ def record(
     profile: str,
     n: int,
     note: str = "",
-) -> Record:
+) -> None:
     """Judge a claim in a notebook: show one row, and store it under the claim's id.
+
+    It is glued as ``<id>`` (value and interval), ``<id>-verdict`` and ``<id>-record`` (all of it). Nothing is returned:
+    a cell would show it too.
 
     Args:
         claim_id: an id of the registry.
@@ -169,9 +172,6 @@ def record(
         profile: the run's profile.
         n: number of seeds, stations or pairs behind the interval.
         note: a short remark shown in the row.
-
-    Returns:
-        The record. Glued as ``<id>`` (value and interval), ``<id>-verdict`` and ``<id>-record`` (everything).
 
     Raises:
         KeyError: the registry has no such claim.
@@ -186,7 +186,6 @@ def record(
     _glue(f"{claim_id}-record", asdict(result))
     plain = f"{claim_id}: {result.text}, {result.verdict}"
     _display({"text/html": row_html(known[claim_id], result), "text/plain": plain})
-    return result
 
 
 def show_data(*provenances: Any) -> None:

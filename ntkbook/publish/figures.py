@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from numpy.typing import ArrayLike
 
 from ntkbook.publish.claims import Bundle
 
+_COORDINATES = re.compile(r'(?<=\s)(?:d|x|y)="[^"]*"')
+_DIGITS = re.compile(r"(\.\d\d)\d+")
 SVG_METADATA = {"Date": None, "Creator": None}  # what matplotlib would stamp on a file, left out
 
 
@@ -45,6 +48,7 @@ CONTEXT, TRUTH, TEST = "#4D4D4D", "#000000", "#B22222"
 
 def style() -> None:
     """Set the house style: SVG figures, byte-identical from run to run, readable at a phone's width."""
+    from IPython.core.getipython import get_ipython
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     mpl.rcParams.update(
@@ -66,7 +70,10 @@ def style() -> None:
             "svg.fonttype": "path",  # letters as outlines: the same on every machine
         }
     )
-    set_matplotlib_formats("svg", metadata=SVG_METADATA)
+    set_matplotlib_formats("svg")
+    shell: Any = get_ipython()
+    if shell is not None:
+        shell.display_formatter.formatters["image/svg+xml"].for_type(Figure, svg)  # smaller than IPython's own
 
 
 def title(where: Axes | Figure, text: str, profile: str, *, paper: str = "") -> None:
@@ -185,10 +192,12 @@ def interactive(figure: Any, static: Figure, alt: str) -> Any:
 
 
 def svg(figure: Figure) -> str:
-    """A figure as SVG text, the same from run to run."""
+    """A figure as SVG text, the same from run to run; coordinates to 0.01 point and no line breaks halve its size."""
     with mpl.rc_context({"svg.hashsalt": "ntkbook"}), io.StringIO() as text:
-        figure.savefig(text, format="svg", metadata=SVG_METADATA)
-        return text.getvalue()
+        figure.savefig(text, format="svg", metadata=SVG_METADATA, bbox_inches="tight")
+        lines = text.getvalue()
+    rounded = _COORDINATES.sub(lambda found: _DIGITS.sub(r"\1", found[0]), lines)
+    return re.sub(r"\s*\n\s*", " ", rounded).strip()
 
 
 def _number(value: Any) -> str:

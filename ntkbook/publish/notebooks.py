@@ -40,6 +40,23 @@ def strip(nb: NotebookNode) -> NotebookNode:
     return NotebookNode(nbformat.from_dict({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}))
 
 
+def with_outputs(bare: NotebookNode, executed: NotebookNode) -> NotebookNode:
+    """A chapter's present text with the outputs of a run of the same code, so that rewording needs no new run.
+
+    The cell of parameters that papermill injected is kept after the chapter's own.
+    """
+    code = [cell for cell in executed.cells if cell.cell_type == "code"]
+    cells = []
+    for cell in bare.cells:
+        if cell.cell_type == "code":
+            cells.append(code.pop(0))
+            if code and "injected-parameters" in code[0].metadata.get("tags", []):
+                cells.append(code.pop(0))
+        else:
+            cells.append(cell)
+    return strip(NotebookNode({**bare, "cells": cells}))
+
+
 def read(path: str | Path) -> NotebookNode:
     """A notebook from a file."""
     return nbformat.read(path, as_version=4)  # pyright: ignore[reportReturnType]

@@ -140,7 +140,7 @@ def store(root: Path, wanted: Iterable[str] = (), *, force: bool = False, progre
     def keep(result: Result) -> None:
         if result.status == "failed":
             return
-        notebooks.write(notebooks.strip(notebooks.read(result.notebook)), root / "book" / f"{result.chapter}.ipynb")
+        notebooks.write(finished(root, result), root / "book" / f"{result.chapter}.ipynb")
         card = json.loads((result.folder / "card.json").read_text("utf8"))
         del card["fingerprint"]  # of this machine
         path = root / "book" / "results" / f"{result.chapter}.card.json"
@@ -149,6 +149,14 @@ def store(root: Path, wanted: Iterable[str] = (), *, force: bool = False, progre
 
     ordered = [name for name in names if name not in summaries] + summaries
     return run(root, ordered, force=force, progress=progress, after=keep)
+
+
+def finished(root: Path, result: Result) -> Any:
+    """The notebook to show for a run: its outputs under the chapter's present prose."""
+    from ntkbook.publish import notebooks
+
+    bare = notebooks.from_text(root / "book" / f"{result.chapter}.md")
+    return notebooks.with_outputs(bare, notebooks.read(result.notebook))
 
 
 def _plan(root: Path, name: str, profile: str, extra: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -218,11 +226,12 @@ def run_card(root: Path, result: Result, profile: str, values: dict[str, Any], d
 
 
 def fingerprint(root: Path, name: str, nb: Any, values: dict[str, Any]) -> str:
-    """A digest of what a run depends on: the chapter, its parameters, the package, the lock, where data comes from.
+    """A digest of what a run depends on: the chapter's code, parameters, package, lock, and where data comes from.
 
-    A summary also depends on the other chapters' stored notebooks and quick claims.
+    Prose does not count. A summary also depends on the other chapters' stored notebooks and quick claims.
     """
-    digest = hashlib.sha256(json.dumps([nb, values, sys.version_info[:3]], sort_keys=True).encode())
+    code = [cell.source for cell in nb.cells if cell.cell_type == "code"]
+    digest = hashlib.sha256(json.dumps([code, values, sys.version_info[:3]], sort_keys=True).encode())
     digest.update(repr([os.environ.get(key, "") for key in ("NTKBOOK_DATA", "NTKBOOK_OFFLINE")]).encode())
     package = Path(__file__).parents[1]
     files = [p for p in package.rglob("*") if p.suffix in (".py", ".csv", ".js") and p.name not in NOT_IN_A_CHAPTER]

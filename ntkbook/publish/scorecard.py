@@ -78,26 +78,27 @@ def as_text(rows: Sequence[Row], quick: Mapping[str, Record] | None = None) -> s
 
 def as_html(rows: Sequence[Row], quick: Mapping[str, Record] | None = None, *, short: bool = False) -> str:
     """The scorecard page's table, or the landing page's with ``short``; sentences link to their chapters."""
-    head, body = "", []
-    for claim, result in rows:
-        link = f'<a href="{claim.chapter}.html">{html.escape(claim.sentence)}</a>'
-        verdict = badge(result.verdict if result else NOT_EVALUATED)
-        measured = html.escape(claim.quantity)
-        cells = [("claim", f"{link} <small>{html.escape(claim.place)}</small>")]
-        if not short:
-            cells.append(("measured", f"{measured}; criterion {html.escape(claim.criterion)}"))
-        cells.append(("paper", html.escape(claim.paper_value or "no number")))
-        cells.append(("here (95 % interval)", _here(result) + (f" <small>{measured}</small>" if short else "")))
-        if not short:
-            cells.append(("data", html.escape(result.description) if result else ""))
-        if quick is not None:
-            cells.append(("this quick run", quick[claim.id].text if claim.id in quick else "not run"))
-        cells.append(("verdict", verdict))
-        body.append("<tr>" + "".join(f'<td data-label="{name}">{text}</td>' for name, text in cells) + "</tr>")
-        head = "".join(f"<th>{name}</th>" for name, _ in cells)
-    if not body:
+    if not rows:
         return "<p>No claims yet.</p>"
-    return f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    table = [_cells(claim, result, quick, short) for claim, result in rows]
+    head = "".join(f"<th>{name}</th>" for name in table[0])
+    body = ["".join(f'<td data-label="{name}">{text}</td>' for name, text in cells.items()) for cells in table]
+    lines = "".join(f"<tr>{line}</tr>" for line in body)
+    return f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
+
+
+def _cells(claim: Claim, result: Record | None, quick: Mapping[str, Record] | None, short: bool) -> dict[str, str]:
+    measured = html.escape(claim.quantity)
+    link = f'<a href="{claim.chapter}.html" title="{measured}">{html.escape(claim.sentence)}</a>'
+    cells = {"claim": link if short else f"{link} <small>{html.escape(claim.place)}</small>"}
+    if not short:
+        cells |= {"measured": measured, "paper": html.escape(claim.paper_value or "no number")}
+    cells |= {"criterion": html.escape(claim.criterion), "here (95 % interval)": _here(result)}
+    if not short:
+        cells["data"] = html.escape(result.description) if result else ""
+    if quick is not None:
+        cells["this quick run"] = quick[claim.id].text if claim.id in quick else "not run"
+    return {**cells, "verdict": badge(result.verdict if result else NOT_EVALUATED)}
 
 
 def show(root: str | Path, profile: str, claims: tuple[Claim, ...] | None = None) -> None:

@@ -6,7 +6,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
-from ntkbook.publish.runner import Result
+from ntkbook.publish.runner import Result, finished
 
 STAGE = Path("runs") / "site"
 
@@ -59,7 +59,7 @@ def stage(root: Path, results: list[Result]) -> Path:
     for result in results:
         page = target / "book" / f"{result.chapter}.ipynb"
         if result.status != "failed":
-            notebooks.write(notebooks.strip(notebooks.read(result.notebook)), page)
+            notebooks.write(finished(root, result), page)
         elif not page.exists():
             toc = [line for line in toc if f"{result.chapter}.ipynb" not in line]
     (target / "_toc.yml").write_text("".join(toc), "utf8")

@@ -73,9 +73,10 @@ class Record:
     @property
     def text(self) -> str:
         """The value with its 95 % interval."""
-        if self.value is None:
+        if self.value is None or self.low is None or self.high is None:
             return "not measured"
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        value, low, high = (_number(v, self.high - self.low) for v in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
 
 
 def judge(
@@ -137,3 +138,9 @@ def make_record(
         note=note,
         verdict=judge(claim, value, low, high, profile=profile, stand_in=stand_in),
     )
+
+
+def _number(value: float, width: float) -> str:
+    """A number with the digits that an interval of this width leaves any meaning."""
+    decimals = min(max(1 - math.floor(math.log10(width)), 0), 6) if width > 0 else 3
+    return f"{value:.{decimals}f}".replace("-", "−")

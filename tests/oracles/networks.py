@@ -1,6 +1,7 @@
 """Networks of every kind that a linearisation must cope with; each with inputs, and whether the layer rule applies."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -77,17 +78,15 @@ class Functional(nn.Module):
         return self.head(torch.tanh(F.linear(x, self.layer.weight)))
 
 
-class Overridden(nn.Module):
-    """A Linear whose instance has another forward, as adapters do it."""
+def _overridden() -> nn.Module:
+    """A Linear whose instance has another forward, as adapters do it (a partial: so that copies copy it)."""
+    net = nn.Sequential(nn.Linear(4, 3))
+    net[0].forward = partial(_doubled, net[0])
+    return net
 
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 3)
-        layer = self.layer
-        layer.forward = lambda x: F.linear(x, 2 * layer.weight, layer.bias)
 
-    def forward(self, x):
-        return self.layer(x)
+def _doubled(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, 2 * layer.weight, layer.bias)
 
 
 class Residual(nn.Module):
@@ -128,15 +127,16 @@ class Detached(nn.Module):
 
 
 class Scaled(nn.Module):
-    """A parameter of its own, a buffer, and a constant that is no buffer."""
+    """Parameters of its own, one a number, and a buffer."""
 
     def __init__(self):
         super().__init__()
         self.layer, self.gain = nn.Linear(4, 3), nn.Parameter(torch.randn(3))
+        self.temperature = nn.Parameter(torch.tensor(0.7))
         self.register_buffer("shift", torch.randn(4))
 
     def forward(self, x):
-        return self.gain * torch.tanh(self.layer(x - self.shift))
+        return self.gain * torch.tanh(self.layer(x - self.shift) / self.temperature)
 
 
 class InPlace(nn.Module):
@@ -191,6 +191,17 @@ class Recurrent(nn.Module):
         for step in x.unbind(1):
             h = torch.tanh(self.cell(torch.cat([h, step], dim=1)))
         return self.head(h)
+
+
+class Cubed(nn.Module):
+    def forward(self, weight):
+        return weight**3
+
+
+def _parametrised() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    nn.utils.parametrize.register_parametrization(net[0], "weight", Cubed())
+    return net
 
 
 def _conv() -> nn.Module:
@@ -254,9 +265,10 @@ CASES = {
     "recurrent": Case(Recurrent, False, (3, 2)),
     "weight read beside its layer": Case(Penalised, False),
     "weight read without its layer": Case(Functional, False),
-    "forward of its own": Case(Overridden, False),
+    "forward of its own": Case(_overridden, False),
     "parameter of its own": Case(Scaled, False),
-    "weight norm": Case(lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh()), False),
+    "parametrised weight": Case(_parametrised, False),
+    "group norm": Case(lambda: nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, 2)), False),
     "embedding": Case(Words, False, (3,), True),
     "transformer": Case(Attention, False, (3,), True),
 }
