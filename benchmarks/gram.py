@@ -7,6 +7,7 @@ own multiplications, 2 n² Σ (o² out + in), at the speed of a large matrix pro
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def explicit(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def torch_func(net: nn.Module, x: Tensor) -> Tensor:
-    """Per-example Jacobians by vmap over jacrev, contracted one parameter at a time: the recipe in torch's tutorials."""
+    """Per-example Jacobians by vmap over jacrev, contracted a parameter at a time: the recipe of torch's tutorials."""
     params = {name: value.detach() for name, value in net.named_parameters()}
     jacobians = vmap(jacrev(lambda p, e: functional_call(net, p, (e[None],))[0]), (None, 0))(params, x)
     blocks = (j.flatten(2) for j in jacobians.values())
@@ -37,7 +38,7 @@ def torch_func(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def curvlinops(net: nn.Module, x: Tensor) -> Tensor:
-    """J Jᵀ by products of curvlinops' Jacobian and its adjoint with the identity. (It wants targets, and ignores them.)"""
+    """J Jᵀ by products of curvlinops' Jacobian and its adjoint with the identity. (Its targets are ignored.)"""
     operator = JacobianLinearOperator(net, list(net.parameters()), [(x, x)], check_deterministic=False)
     eye = torch.eye(operator.shape[0], dtype=x.dtype)
     return operator @ (operator.adjoint() @ eye)
@@ -84,7 +85,7 @@ def main() -> None:
                 f"| {'-'.join(map(str, sizes))} | {n} | {name} | {median:.4f} | {min(times):.4f} to {max(times):.4f} "
                 f"| {median / base:.1f} | {error:.0e} |"
             )
-        work = sum(2 * n * n * (o * o * b + a) for a, b in zip(sizes[:-1], sizes[1:]))
+        work = sum(2 * n * n * (o * o * b + a) for a, b in itertools.pairwise(sizes))
         print(f"| {'-'.join(map(str, sizes))} | {n} | floor | {work / speed:.4f} | | {work / speed / base:.2f} | |")
 
 

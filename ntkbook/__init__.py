@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {"Linearization": "linearize", "NTKKernel": "kernel", "NTKGP": "gp", "Posterior": "gp"}
 
-# linear_operator compiles one function at import in a way that torch 2.15 warns about; its users can do nothing about it.
+# linear_operator compiles a function at import in a way that torch 2.15 warns about: nothing its users can mend.
 warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
 
 

@@ -78,7 +78,7 @@ def find_layers(net: nn.Module, call: Call, params: Mapping[str, Tensor], exampl
     uses = _count_uses(outputs)
     if any(uses[id(leaves[name])] > (id(module) in calls) for name, module in names.items()):
         return None
-    return [layer for layer in layers if id(layer.module) in calls]
+    return [layer for layer in layers if id(layer.module) in calls] or None
 
 
 def layer_features(

@@ -27,7 +27,7 @@ class NTK:
         refit: fit outputscale and noise to each task's own context by marginal likelihood.
 
     Attributes:
-        undetermined: with `refit`, tasks of the last prediction whose context did not determine outputscale and noise.
+        undetermined: how many of the fits so far had data that did not determine outputscale and noise.
     """
 
     undetermined: int = 0
@@ -40,7 +40,10 @@ class NTK:
 
     def fit(self, x: Float[Tensor, "n d"], y: Float[Tensor, "n"]) -> "NTK":
         """Set outputscale and noise by marginal likelihood on one task, the source."""
-        self.gp.fit(x, y)
+        with warnings.catch_warnings(record=True) as caught:  # counted here, where one fit of many may warn
+            warnings.simplefilter("always")
+            self.gp.fit(x, y)
+        self.undetermined += any("determine" in str(warning.message) for warning in caught)
         return self
 
     def predict(
@@ -49,15 +52,11 @@ class NTK:
         """Predictions (T, m). Arguments and errors as for `ntkbook.experiments.baselines.groups`."""
         mean = y.new_full((len(y), x_star.shape[-2]), torch.nan, dtype=torch.float64)
         variance = mean.clone()
-        self.undetermined = 0
         for group in groups(x, y, x_star):
             batches = [[i] for i in range(len(group.rows))] if self.refit else [list(range(len(group.rows)))]
             for batch in batches:
                 if self.refit:
-                    with warnings.catch_warnings(record=True) as caught:
-                        warnings.simplefilter("always")
-                        self.gp.fit(group.x, group.y[batch[0]])
-                    self.undetermined += any("determine" in str(w.message) for w in caught)
+                    self.fit(group.x, group.y[batch[0]])
                 rows = [group.rows[i] for i in batch]
                 posterior = self.gp.condition_tasks(group.x, group.y[batch])
                 mean[rows] = posterior.mean(group.x_star).to(mean)

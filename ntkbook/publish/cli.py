@@ -73,7 +73,7 @@ def book(force: Force = False, quiet: Quiet = False) -> None:
 def claims(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="As the README's table.")] = False,
-    readme: Annotated[bool, typer.Option("--readme", help="Write that table into README.md.")] = False,
+    readme: Annotated[bool, typer.Option("--readme", help="Write table and picture into the README.")] = False,
 ) -> None:
     """Show the claims with their stored values and verdicts."""
     root = runner.find_root()

@@ -1,5 +1,6 @@
 """The claims of the whole book: gathered from the stored notebooks, checked, and shown as a table."""
 
+import base64
 import html
 import json
 import re
@@ -57,12 +58,24 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def write_readme(path: Path, rows: Sequence[Row]) -> None:
-    """Put the table between the README's markers; ValueError when it has none."""
+    """Put the table between the README's markers, and its picture into the book; ValueError when it has no markers."""
     text = path.read_text("utf8")
     found = README_TABLE.search(text)
     if not found:
         raise ValueError(f"{path}: expected <!-- claims: ... --> and <!-- /claims -->, found none")
     path.write_text(f"{text[: found.start(1)]}{as_markdown(rows)}\n{text[found.end(1) :]}", "utf8")
+    book = path.parent / "book"
+    (book / "_static" / "readme.svg").write_text(readme_picture(book / "02_sinusoids.ipynb"), "utf8")
+
+
+def readme_picture(notebook: Path) -> str:
+    """The README's picture as SVG: what stands beside the first interactive figure of a stored chapter."""
+    for output in outputs(notebook):
+        page = output["data"].get("text/html", "")
+        found = re.search(r"data:image/svg\+xml;base64,([^\"]+)", page if isinstance(page, str) else "".join(page))
+        if found:
+            return base64.b64decode(found.group(1)).decode("utf8")
+    raise ValueError(f"{notebook}: expected an interactive figure, found none")
 
 
 def as_text(rows: Sequence[Row], quick: Mapping[str, Record] | None = None) -> str:
