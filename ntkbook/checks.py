@@ -87,6 +87,21 @@ def probe(
     return (1 if outputs.ndim == 1 else outputs.shape[1]), max(saved - weights, 8 * outputs.numel())
 
 
+def require_separate(
+    call: Callable[[Mapping[str, Tensor], Tensor], Any], params: Mapping[str, Tensor], pair: Tensor
+) -> None:
+    """Raise ValueError unless the first of two examples (2, ...) has the outputs that it has alone."""
+    with torch.no_grad():
+        both, alone = call(params, pair), call(params, pair[:1])
+    if both.shape != (2, *alone.shape[1:]):
+        raise ValueError(f"The network must map n examples to (n,) or (n, o); from two it made {tuple(both.shape)}.")
+    if (both[:1] - alone).abs().max() > torch.finfo(alone.dtype).eps ** 0.5 * both.abs().max():
+        raise ValueError(
+            "An example's output depends on the others in its batch, so the network has no Jacobian of one example. "
+            "Usual causes: a statistic over dimension 0, or attention between examples."
+        )
+
+
 def _rng_states(cuda: list[torch.device]) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
 

@@ -120,7 +120,7 @@ class NTKGP:
     def _targets(self, x: Tensor, y: Tensor) -> Float[Tensor, "t n o"]:
         """Each task's observations, (T, n) or (T, n, o), checked."""
         y = y.to(self.lin.device, self.lin.dtype)
-        o = self.lin.outputs(self._inputs(x)[:1]).shape[1]
+        o = self.lin.num_outputs(self._inputs(x))
         if y.shape[1:] == (len(x),) and o == 1:
             y = y[..., None]
         if y.shape[1:] != (len(x), o):

@@ -81,7 +81,7 @@ class NTKKernel(Kernel):
         dims = self.active_dims
         if isinstance(dims, Tensor) and x1.shape[-1] != len(dims):  # a sum of kernels does not select them
             x1 = x1.index_select(-1, dims)
-        return self._linearization(x1).outputs(self._examples(x1.reshape(-1, x1.shape[-1])[:1])).shape[1]
+        return self._linearization(x1).num_outputs(self._examples(x1.reshape(-1, x1.shape[-1])[:1]))
 
     def _examples(self, x: Tensor) -> Tensor:
         return x if self.input_shape is None else x.reshape(len(x), *self.input_shape)

@@ -18,13 +18,13 @@ MIME_PREFIX = "application/papermill.record/"  # what myst_nb puts before the ty
 
 
 def _sinusoids(network: str, figure: str) -> tuple[Claim, ...]:
-    prefix = "sinusoids" if network == "tanh" else f"sinusoids-{network}"
+    prefix = "sinusoids" if network == "tanh" else f"sinusoids-{network.lower()}"
     rmse = f"RMSE of the NTK ({network}) on the noiseless curves of nine new tasks, minus that of"
     return (
         Claim(
             id=f"{prefix}-adapts",
             chapter="02_sinusoids",
-            place=f"Section 3, {figure}",
+            place=figure,
             sentence=f"Conditioning the trained {network} network's NTK on ten points adapts it to a new sinusoid.",
             quantity=f"{rmse} the network without adaptation",
             direction="<",
@@ -33,7 +33,7 @@ def _sinusoids(network: str, figure: str) -> tuple[Claim, ...]:
         Claim(
             id=f"{prefix}-features",
             chapter="02_sinusoids",
-            place=f"Section 3, {figure}",
+            place=figure,
             sentence=f"The features that a {network} network learns on one sinusoid are transferable to others.",
             quantity=f"{rmse} the untrained network's NTK",
             direction="<",
@@ -42,7 +42,7 @@ def _sinusoids(network: str, figure: str) -> tuple[Claim, ...]:
         Claim(
             id=f"{prefix}-coverage",
             chapter="02_sinusoids",
-            place=f"Section 3, {figure}",
+            place=figure,
             sentence=f"The {network} network's NTK gives reasonable posterior predictive distributions.",
             quantity="share of the noiseless curves inside the central 95 % predictive interval",
             direction="in",
@@ -52,8 +52,8 @@ def _sinusoids(network: str, figure: str) -> tuple[Claim, ...]:
 
 
 CLAIMS = (
-    *_sinusoids("tanh", "Figure 1"),
-    *_sinusoids("relu", "Figure 8"),
+    *_sinusoids("tanh", "Section 3, Figure 1"),
+    *_sinusoids("ReLU", "Appendix E, Figure 8"),
     Claim(
         id="sinusoids-fine-tuning",
         chapter="02_sinusoids",
