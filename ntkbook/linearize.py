@@ -235,20 +235,19 @@ class Linearization(FunctionalNetwork):
             return vmap(rows)(x)
 
     def _differentiable_rows(self, example: Tensor, select: slice) -> Float[Tensor, "o p"]:
-        """One example's Jacobian, differentiable in it, by autograd.
+        """One example's Jacobian, differentiable in it, by plain autograd, an output at a time.
 
         Not by torch.func, whose second derivatives of operations with several outputs, such as layer_norm and
-        group_norm, are wrong without a word (torch 2.15, against finite differences).
+        group_norm, are wrong without a word (torch 2.15, against finite differences), nor by batched gradients, which
+        fail there (torch 2.11).
         """
         leaves = {name: value.detach().requires_grad_() for name, value in self.params.items()}
         f = self._call(leaves, example)[0, select]
-        parts = [None] * len(leaves)
-        if f.requires_grad:
-            basis = torch.eye(len(f), dtype=f.dtype, device=f.device)
-            wanted = list(leaves.values())
-            parts = torch.autograd.grad(f, wanted, basis, is_grads_batched=True, create_graph=True, allow_unused=True)
-        zeros = [f.new_zeros(len(f), value.numel()) for value in leaves.values()]
-        return torch.cat([z if d is None else d.reshape(z.shape) for z, d in zip(zeros, parts)], dim=1)
+        if not f.requires_grad:
+            return f.new_zeros(len(f), self.num_params)
+        wanted = list(leaves.values())
+        rows = (torch.autograd.grad(one, wanted, create_graph=True, materialize_grads=True) for one in f)
+        return torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
 
     def _jacobian_bytes(self, o: int, memory: int) -> int:
         """Working memory of one example's Jacobian: the rows, torch's own copy of them, and o backward passes."""
