@@ -11,7 +11,7 @@ from ntkbook.gp import NTKGP
 
 
 def residual_variance(net: nn.Module, x: Float[Tensor, "n d"], y: Float[Tensor, "n"]) -> float:
-    """The mean squared error of a network on its own training data: the paper's settings take it for σ²."""
+    """The mean squared error of a network on its own training data: what the chapters take for σ²."""
     like = next(net.parameters())
     with torch.no_grad():
         residual = net(x.to(like)).squeeze(-1).double() - y.double()

@@ -41,6 +41,10 @@ METHOD = {
     "ablr": Method("ABLR", "#009E73", "-", "P"),
     "source": Method("network, not adapted", "#000000", ":", "x"),
     "last_layer": Method("last layer retrained", "#CC79A7", "--", "<"),
+    "ntk_refitted": Method("NTK, fitted to the task", "#117733", "--", "s"),
+    "ntk_around_network": Method("NTK around the network", "#332288", "--", "s"),
+    "season": Method("yearly sine, least squares", "#999933", "-.", "h"),
+    "zero": Method("zero", "#AAAAAA", ":", "."),
     "fine_tuning": Method("full fine-tuning", "#882255", "-.", ">"),
 }
 CONTEXT, TRUTH, TEST = "#4D4D4D", "#000000", "#B22222"

@@ -72,10 +72,14 @@ class Record:
 
     @property
     def text(self) -> str:
-        """The value with its 95 % interval."""
+        """The value with its 95 % interval, with the digits that an interval of its width leaves any meaning."""
         if self.value is None or self.low is None or self.high is None:
             return "not measured"
-        value, low, high = (_number(v, self.high - self.low) for v in (self.value, self.low, self.high))
+        width = self.high - self.low
+        decimals = min(max(1 - math.floor(math.log10(width)), 0), 6) if width > 0 else 3
+        while decimals < 6 and any(v and round(v, decimals) == 0 for v in (self.low, self.high)):
+            decimals += 1  # a verdict may hang on which side of zero an end lies
+        value, low, high = (f"{v:.{decimals}f}".replace("-", "−") for v in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
 
 
@@ -138,9 +142,3 @@ def make_record(
         note=note,
         verdict=judge(claim, value, low, high, profile=profile, stand_in=stand_in),
     )
-
-
-def _number(value: float, width: float) -> str:
-    """A number with the digits that an interval of this width leaves any meaning."""
-    decimals = min(max(1 - math.floor(math.log10(width)), 0), 6) if width > 0 else 3
-    return f"{value:.{decimals}f}".replace("-", "−")

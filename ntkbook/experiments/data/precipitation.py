@@ -1,4 +1,4 @@
-"""Precipitation a calendar day, averaged over years (Section 4 and Appendix F of the paper).
+"""Precipitation a calendar day, averaged over years (Section 3 and Appendix F of the paper).
 
 The paper's data is of the US Historical Climatology Network; its counts (300 training and 65 test points at each
 of 1,209 locations) imply one value a day of the year, an average over years, which it does not name. 29 February

@@ -1,4 +1,4 @@
-"""Sinusoidal regression tasks (Section 4 and Appendix F of the paper), by the process of Kim et al. (2018).
+"""Sinusoidal regression tasks (Section 3 and Appendix F of the paper), by the process of Kim et al. (2018).
 
 Appendix F says that it follows Kim et al. (Bayesian Model-Agnostic Meta-Learning), but prints other distributions. The
 default here is Kim et al.'s process, which the authors' code uses as well; the printed one is `ranges="appendix-f"`.
