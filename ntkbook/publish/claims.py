@@ -132,8 +132,8 @@ CLAIMS = (
         chapter="03_precipitation",
         place="Appendix E, Figure 10",
         sentence="The NTK fails when the climate pattern is not related to the source station's.",
-        quantity="standardised RMSE of the NTK at stations whose 300 days correlate negatively with the source's, minus "
-        "that at the others",
+        quantity="standardised RMSE of the NTK at stations whose 300 days correlate negatively with the source's, "
+        "minus that at the others",
         direction=">",
         threshold=0.0,
     ),
