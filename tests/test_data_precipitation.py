@@ -339,3 +339,17 @@ def test_the_mirror_loads_fast_and_as_the_slow_version_says():
     split = loaded.split()
     assert split.y_train.isfinite().all()
     assert split.y_test.isfinite().all()
+
+
+def test_few_are_eight_of_the_midwest_with_the_target():
+    few, midwest = stations.resolve("few"), stations.resolve("midwest")
+    assert len(few) == 8
+    assert few.items() <= midwest.items()
+    assert few["USC00116579"] == "Pana, IL"
+
+
+def test_few_fall_back_to_the_stand_in_as_the_others_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("NTKBOOK_OFFLINE", "1")
+    monkeypatch.setenv("NTKBOOK_DATA", str(tmp_path))
+    monkeypatch.setattr("ntkbook.experiments.data.sources.cache_dir", lambda: tmp_path / "cache")
+    assert load_precipitation("few", progress=False).provenance.is_stand_in

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import observations
 from .sources import REGISTRY, DataNotFoundError, Provenance, digest, locate, obtain
-from .stations import resolve
+from .stations import NAMED, resolve
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ def load_precipitation(
     """Loads precipitation, from disk where it is, else by download, else (`source="auto"`) the embedded stand-in.
 
     The stand-in, daily precipitation in Seattle with each of the years 2012 to 2015 a task, is taken only for
-    "midwest" or "all", only where not one of the files could be had, and says so in its provenance.
+    "midwest", "few" or "all", only where not one of the files could be had, and says so in its provenance.
 
     Args:
-        stations: "midwest" (the 140 of the book), "all" (the whole network), or ids.
+        stations: "midwest" (the 140 of the book), "few" (eight of them), "all" (the whole network), or ids.
         years: the first and the last one to average over. Does not apply to the embedded data.
         source: "auto", "real" (refuses the stand-in), or "embedded" (asks for it).
         data_dir: where given, the only folder to look in; else `$NTKBOOK_DATA`, the cache, a download.
@@ -126,7 +126,7 @@ def load_precipitation(
     first, last = _check_years(years)
     if source not in ("auto", "real", "embedded"):
         raise ValueError(f'expected source to be "auto", "real" or "embedded"; got {source!r}')
-    named = isinstance(stations, str) and stations in ("midwest", "all")
+    named = isinstance(stations, str) and stations in NAMED
     if source == "embedded":
         if not named:
             raise ValueError(f'the embedded data has no stations to choose; got {stations!r} instead of "midwest"')
