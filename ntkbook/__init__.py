@@ -5,14 +5,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ntkbook.gp import NTKGP, Posterior
+    from ntkbook.gp import NTKGP
+    from ntkbook.iterative import ConvergenceWarning, Iterative, Report
     from ntkbook.kernel import NTKKernel
     from ntkbook.linearize import Linearization
+    from ntkbook.posterior import Posterior
 
-__all__ = ["NTKGP", "Linearization", "NTKKernel", "Posterior"]
+__all__ = ["NTKGP", "ConvergenceWarning", "Iterative", "Linearization", "NTKKernel", "Posterior", "Report"]
 __version__ = "0.1.0"
 
-_HOMES = {"Linearization": "linearize", "NTKKernel": "kernel", "NTKGP": "gp", "Posterior": "gp"}
+_HOMES = {
+    "ConvergenceWarning": "iterative",
+    "Iterative": "iterative",
+    "Linearization": "linearize",
+    "NTKGP": "gp",
+    "NTKKernel": "kernel",
+    "Posterior": "posterior",
+    "Report": "iterative",
+}
 
 # linear_operator compiles a function at import in a way that torch 2.15 warns about: nothing its users can mend.
 warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)

@@ -11,7 +11,7 @@ from oracles.networks import build
 from torch import nn
 
 from ntkbook import NTKGP, Linearization
-from ntkbook import gp as gp_module
+from ntkbook import posterior as posterior_module
 
 TOLERANCE = 1e-8  # of the prior's size
 
@@ -257,7 +257,7 @@ def test_chunks_of_test_points_do_not_matter(monkeypatch):
     net, x, y, x_star = network(2), draw(6, 2), draw(6, 2, seed=1), draw(9, 2, seed=2)
     posterior = NTKGP(net, noise=0.1).condition(x, y)
     mean, variance = posterior.mean(x_star), posterior.variance(x_star)
-    monkeypatch.setattr(gp_module, "working_memory", lambda device: 1)
+    monkeypatch.setattr(posterior_module, "working_memory", lambda device: 1)
     torch.testing.assert_close(posterior.mean(x_star), mean, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(posterior.variance(x_star), variance, rtol=1e-12, atol=1e-14)
 

@@ -1,0 +1,221 @@
+"""What an iterative conditioning is made of: products with a whitened Jacobian, a subspace, conjugate gradients."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from linear_operator.utils.lanczos import lanczos_tridiag
+from torch import Tensor
+
+from ntkbook.linearize import Linearization
+
+Product = Callable[[Tensor], Tensor]
+
+
+class Whitened:
+    """A = s Σ^(-1/2) J(x) of the observed values, (N, p), by its products alone; Σ is the noise, s² the outputscale.
+
+    I + AᵀA is the posterior's precision in the parameters divided by s, I + AAᵀ the data's covariance in units of the
+    noise.
+    """
+
+    def __init__(
+        self, lin: Linearization, x: Tensor, seen: Bool[Tensor, "n o"], noise: Float[Tensor, " N"], scale: float
+    ) -> None:
+        some = seen.any(1)
+        self._lin, self._x, self._seen = lin, x[some], seen[some]
+        self._weight = (scale / noise).sqrt()
+        self.shape = (len(noise), lin.num_params)
+        # The sum of A's squared entries, which is the trace of AAᵀ.
+        self.squares = float((self._weight.square() * lin.diagonal(self._x)[self._seen.flatten()]).sum())
+
+    def forward(self, v: Float[Tensor, "p k"]) -> Float[Tensor, "N k"]:
+        """A v."""
+        return self._lin.jvp(self._x, v)[self._seen] * self._weight[:, None]
+
+    def adjoint(self, u: Float[Tensor, "N k"]) -> Float[Tensor, "p k"]:
+        """Aᵀu."""
+        spread = u.new_zeros(*self._seen.shape, u.shape[1])
+        spread[self._seen] = u * self._weight[:, None]
+        return self._lin.vjp(self._x, spread)
+
+
+class Subspace:
+    """Directions Q (N, r) for linear estimates: a block Krylov space of AAᵀ, with orthonormal columns.
+
+    In units of prior and noise, the posterior variance of jᵀφ is the error of the best linear estimate of it,
+    min over b of |j − Aᵀb|² + |b|². The minimum over b = Qc is |j|² − |Cᵀj|² with C = G (I + GᵀG)^(-1/2) and G = AᵀQ.
+    It is never below the exact variance, whatever Q is, and at most 1 + slack times it: slack = tr(AAᵀ) − tr(QᵀAAᵀQ).
+
+    Args:
+        start: (N, k), the first directions; the rest of the first block is random.
+        rank: directions at most. slack: enough of it. block: directions at a time.
+        keep: keep C, (p, r), the parameter-space cache; else Q alone serves, (N, r).
+    """
+
+    def __init__(
+        self,
+        system: Whitened,
+        start: Float[Tensor, "N k"],
+        *,
+        rank: int,
+        slack: float,
+        block: int,
+        seed: int,
+        keep: bool,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        n, rounding = system.shape[0], 4 * torch.finfo(start.dtype).eps * system.squares
+        q, product, kept, trace = start.new_empty(n, 0), start.new_empty(n, 0), [], 0.0
+        image = start
+        while True:
+            width = min(block, rank - q.shape[1])
+            fresh = torch.randn(n, width, generator=generator, dtype=start.dtype).to(start.device)
+            new = _orthonormal(image[:, :width], fresh, q)
+            g = system.adjoint(new)
+            image = system.forward(g)
+            q, product = torch.cat([q, new], 1), torch.cat([product, image], 1)
+            kept += [g] if keep else []
+            gained = float(g.square().sum())
+            trace += gained
+            # What is left of the trace bounds what is left to explain. Where rounding hides it, what the last block
+            # gained estimates it: by then its directions are random.
+            self.left = left = max(system.squares - trace, 0.0)
+            if left <= rounding:
+                self.left = min(left, gained * (n - q.shape[1]) / width)
+            if q.shape[1] >= rank or self.left <= slack:
+                break
+        self.q, self.rank = q, q.shape[1]
+        self.slack = 0.0 if self.rank == n else left + rounding
+        eye = torch.eye(self.rank, dtype=q.dtype, device=q.device)
+        self.c: Tensor | None = None
+        if keep:
+            # QR of [G; I] and not a Cholesky factor of I + GᵀG, which would square the condition number.
+            stacked = torch.cat([torch.cat(kept, 1), eye])
+            kept.clear()
+            orthogonal, self.root = torch.linalg.qr(stacked)
+            self.c = orthogonal[: system.shape[1]].T.contiguous().T  # columns one after the other, and the rest freed
+        else:
+            small = q.T @ product
+            self.root = torch.linalg.cholesky((small + small.T) / 2 + eye, upper=True)
+        # RᵀR = I + QᵀAAᵀQ for the root R, and AC = AAᵀQ R⁻¹.
+        self.image = torch.linalg.solve_triangular(self.root, product, upper=True, left=False)
+        self.log_determinant = 2 * float(self.root.diagonal().abs().log().sum())
+
+    def precondition(self, r: Tensor) -> Tensor:
+        """(I + AᵀA)⁻¹ r in parameter space, (I + AAᵀ)⁻¹ r in function space, as far as the subspace knows."""
+        if self.c is not None:
+            return r - self.c @ (self.c.T @ r)
+        inside = self.q.T @ r
+        return r + self.q @ (torch.cholesky_solve(inside, self.root, upper=True) - inside)
+
+    def outside(self, system: Whitened, probes: int, seed: int) -> tuple[float, float]:
+        """log det(I + AAᵀ) less `log_determinant`: a value between 0 and the slack, and its standard error.
+
+        It is the log-determinant of a Schur complement, I + B with B positive semi-definite and of trace at most the
+        slack, and is found by stochastic Lanczos quadrature, or, for a slack below 1e-6 a value, taken as half of what
+        is left.
+        """
+        n = system.shape[0]
+        if self.slack <= 1e-6 * n:
+            return min(self.left, self.slack) / 2, self.slack / 2
+
+        def complement(z: Tensor) -> Tensor:
+            z = self._without(z)
+            return z + self._without(system.forward(system.adjoint(z)) - self.image @ (self.image.T @ z))
+
+        generator = torch.Generator().manual_seed(seed)
+        z = torch.randn(n, probes, generator=generator, dtype=self.q.dtype).to(self.q.device)
+        z = self._without(self._without(z))
+        # Gauss quadrature of log on [1, 1 + slack] to 1e-8 needs fewer steps than this.
+        steps = min(n - self.rank, 100, math.ceil(5 * math.sqrt(1 + self.slack)))
+        # Dividing by |z|², whose mean is n − r, takes out the spread of the lengths, which says nothing.
+        estimates = quadrature(complement, z, steps) / z.square().sum(0) * (n - self.rank)
+        return float(estimates.mean()), float(estimates.std() / math.sqrt(probes))
+
+    def _without(self, z: Tensor) -> Tensor:
+        return z - self.q @ (self.q.T @ z)
+
+
+def conjugate_gradients(
+    apply: Product,
+    residual: Product,
+    start: Float[Tensor, "k t"],
+    precondition: Product,
+    size: Callable[[Tensor, Tensor], Tensor],
+    *,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Float[Tensor, "k t"], Float[Tensor, " t"], Float[Tensor, " t"], int]:
+    """Preconditioned conjugate gradients for t right-hand sides, restarted from true residuals.
+
+    (linear_operator's `linear_cg` has no tolerance a column and no true residual to report.)
+
+    Args:
+        apply: the product with a symmetric positive definite matrix.
+        residual: b − matrix · v, in the most accurate form there is.
+        size: of a residual r with z = precondition(r), one number a column.
+        tolerance: of the size of the residual, relative to the start's.
+
+    Returns:
+        The solution; the size of its true residual, and that relative to the start's; the number of iterations.
+    """
+    solution, used, r = start, 0, residual(start)
+    first = error = size(r, precondition(r))
+    while used < max_iterations and bool((error > tolerance * first).any()):
+        step, used = _inner(
+            apply, r, precondition, size, 0.1 * torch.minimum(tolerance * first, error), max_iterations, used
+        )
+        moved = solution + step
+        r = residual(moved)
+        reached = size(r, precondition(r))
+        better = reached < error
+        stalled = not bool((reached < 0.5 * error)[error > tolerance * first].any())
+        solution, error = torch.where(better, moved, solution), torch.where(better, reached, error)
+        if stalled:
+            break
+        r = r if bool(better.all()) else residual(solution)
+    return solution, error, torch.where(first > 0, error / first, 0.0), used
+
+
+def _inner(
+    apply: Product, r: Tensor, precondition: Product, size: Callable, target: Tensor, max_iterations: int, used: int
+) -> tuple[Tensor, int]:
+    """Conjugate gradients from zero until the recursive residuals reach their targets."""
+    solution, z = torch.zeros_like(r), precondition(r)
+    direction, gamma = z, (r * z).sum(0)
+    while used < max_iterations:
+        image, used = apply(direction), used + 1
+        alpha = _ratio(gamma, (direction * image).sum(0))
+        solution, r = solution + alpha * direction, r - alpha * image
+        z = precondition(r)
+        if bool((size(r, z) <= target).all()) or not bool(alpha.any()):
+            break
+        gamma, before = (r * z).sum(0), gamma
+        direction = z + _ratio(gamma, before) * direction
+    return solution, used
+
+
+def quadrature(matrix: Product, z: Float[Tensor, "n k"], steps: int) -> Float[Tensor, " k"]:
+    """zᵀ log(matrix) z for each column, by Lanczos quadrature; the matrix is at least I."""
+    shape = torch.Size([len(z), len(z)])
+    _, t = lanczos_tridiag(matrix, steps, z.dtype, z.device, matrix_shape=shape, init_vecs=z)
+    values, vectors = torch.linalg.eigh(t.reshape(-1, *t.shape[-2:]))
+    return z.square().sum(0) * (vectors[:, 0, :].square() * values.clamp_min(1).log()).sum(1)
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and zero where either is: a column that has converged stays."""
+    sound = (a > 0) & (b > 0)
+    return torch.where(sound, a / b.where(sound, torch.ones_like(b)), 0.0)
+
+
+def _orthonormal(block: Tensor, fresh: Tensor, q: Tensor) -> Tensor:
+    """As many orthonormal columns as fresh has, orthogonal to q: block's, and fresh's where block has no more."""
+    size = block.norm(dim=0)
+    block = torch.cat([block / size.where(size > 0, torch.ones_like(size)), fresh[:, block.shape[1] :]], 1)
+    block = block + torch.finfo(block.dtype).eps * fresh  # where nothing new is left, a random direction and no 0 / 0
+    for _ in range(3):
+        block = torch.linalg.qr(block - q @ (q.T @ block))[0]
+    return block

@@ -1,0 +1,205 @@
+"""Gaussian processes given data: what `NTKGP.condition` returns."""
+
+import copy
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from jaxtyping import Bool, Float
+from linear_operator import to_linear_operator
+from torch import Tensor
+
+from ntkbook.iterative import IterativeConditioning, Report
+from ntkbook.memory import require_memory, working_memory
+
+if TYPE_CHECKING:
+    from ntkbook.gp import NTKGP
+
+
+class Posterior:
+    """A Gaussian process given data: of one task, or of T tasks at the same inputs (then T leads every shape).
+
+    Made by `NTKGP.condition` and `NTKGP.condition_tasks`. Tasks that were observed at the same points share one
+    factorisation, or one cached subspace.
+    """
+
+    def __init__(
+        self,
+        gp: "NTKGP",
+        x: Tensor,
+        y: Float[Tensor, "t n o"],
+        noise: Float[Tensor, "n o"],
+        *,
+        own_noise: bool,
+        tasks: bool,
+    ) -> None:
+        # As it is now: fitting the GP again must not change a posterior that was made before.
+        self._gp = gp = copy.copy(gp)
+        self._lin, self._scale, self._sigma2 = gp.lin, gp.outputscale, gp.noise if own_noise else None
+        self._x, self._tasks, self._o = x, tasks, y.shape[2]
+        residuals = (y - gp._mean(x)).flatten(1)
+        observed, self._group_of = torch.unique(~torch.isnan(y.flatten(1)), dim=0, return_inverse=True)
+        iterative = gp.iterative
+        gram = residuals.new_empty(0)
+        if iterative is None:
+            gp._require_room(residuals.shape[1], copies=3 + len(observed))
+            gram = gp.lin.gram(x).mul_(gp.outputscale)
+        self._groups: list[Cholesky | IterativeConditioning] = []
+        for g, seen in enumerate(observed):
+            r, sigma2 = residuals[self._group_of == g][:, seen], noise.flatten()[seen]
+            if iterative is None or not seen.any():
+                matrix = gram[seen][:, seen] if seen.any() else r.new_empty(0, 0)
+                self._groups.append(Cholesky(matrix, sigma2, r, seen))
+            else:
+                self._groups.append(
+                    IterativeConditioning(
+                        gp.lin, x, seen.view(-1, self._o), sigma2, r, gp.outputscale, gp.space, iterative
+                    )
+                )
+
+    @property
+    def log_marginal_likelihood(self) -> Tensor:
+        """log p(y) of the observed values: a scalar, or (T,). Iterative solvers compute it when it is asked for."""
+        return self._per_task([group.log_likelihood[0] for group in self._groups])
+
+    @property
+    def log_marginal_likelihood_error(self) -> Tensor:
+        """The standard error of `log_marginal_likelihood`: zero by Cholesky, that of the quadrature otherwise."""
+        return self._per_task(
+            [torch.full_like(group.log_likelihood[0], group.log_likelihood[1]) for group in self._groups]
+        )
+
+    @property
+    def report(self) -> Report | None:
+        """What an iterative solver reached; None by Cholesky, which is exact but for rounding."""
+        if self._gp.iterative is None:
+            return None
+        reports = [group.report for group in self._groups]
+        return Report(*(self._per_task(list(field)) for field in zip(*reports)))
+
+    def _per_task(self, values: list[Tensor]) -> Tensor:
+        """One tensor a group, put in the order of the tasks."""
+        every = values[0].new_empty(len(self._group_of))
+        for g, value in enumerate(values):
+            every[self._group_of == g] = value
+        return every if self._tasks else every[0]
+
+    def __call__(self, x: Tensor) -> MultivariateNormal:
+        """The latent f at x (m, ...): mean (m,), or (m, o) with several outputs, and its covariance."""
+        x = self._gp._inputs(x)
+        mean, covariance = self._moments(x, full=True)
+        return distribution(mean if self._tasks else mean[0], covariance if self._tasks else covariance[0])
+
+    def predictive(self, x: Tensor, noise: float | Tensor | None = None) -> MultivariateNormal:
+        """A new observation y at x: the latent f plus noise, the GP's σ² unless one is given, per point if wanted."""
+        if noise is None and self._sigma2 is None:
+            raise ValueError("predictive: the data had a noise of their own, so say which noise= the new points have.")
+        latent = self(x)
+        m = latent.event_shape[0]
+        sigma2 = self._gp._noise(self._sigma2 if noise is None else noise, latent.mean.new_empty(m, self._o))
+        mean, covariance = latent.mean, latent.covariance_matrix
+        return distribution(mean if self._o > 1 else mean[..., None], covariance + torch.diag_embed(sigma2.flatten()))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of f at x: (m,) or (m, o). No m × m matrix is formed: for many points."""
+        return self._marginals(x)[0]
+
+    def variance(self, x: Tensor) -> Tensor:
+        """The variance of f at x, of the mean's shape. No m × m matrix is formed: for many points."""
+        return self._marginals(x)[1]
+
+    def sample(self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """Joint draws of f at x, (num_samples, m) or (num_samples, m, o), through the covariance's eigenvectors.
+
+        These exist also where the covariance is singular, as it is for more points than parameters.
+        """
+        mean, covariance = self._moments(self._gp._inputs(x), full=True)
+        values, vectors = torch.linalg.eigh(covariance)
+        root = vectors * values.clamp_min(0).sqrt()[:, None]
+        z = torch.randn(num_samples, *root.shape[:-1], generator=generator, dtype=root.dtype, device=root.device)
+        draws = mean + torch.einsum("tij,stj->sti", root, z).reshape(num_samples, *mean.shape)
+        draws = draws if self._o > 1 else draws[..., 0]
+        return draws if self._tasks else draws[:, 0]
+
+    def _marginals(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self._gp._inputs(x)
+        size = max(1, working_memory(x.device) // (32 * len(self._x) * self._o * self._o))
+        parts = [self._moments(part, full=False) for part in x.split(size)]
+        mean, variance = (torch.cat(part, dim=1) for part in zip(*parts))
+        if self._o == 1:
+            mean, variance = mean[..., 0], variance[..., 0]
+        return (mean, variance) if self._tasks else (mean[0], variance[0])
+
+    def _moments(self, x: Tensor, full: bool) -> tuple[Float[Tensor, "t m o"], Tensor]:
+        """Means, and covariances (T, m·o, m·o) or variances (T, m, o)."""
+        prior_mean = self._gp._mean(x)
+        if full:
+            nbytes = (len(self._group_of) + 2) * prior_mean.numel() ** 2 * prior_mean.element_size()
+            what = f"The covariances of {len(self._group_of)} tasks at {len(x):,} points"
+            require_memory(nbytes, x.device, what, "Use mean(x) and variance(x), which form none.")
+        if self._gp.space == "function":
+            cross = self._scale * self._lin.gram(x, self._x)
+        else:  # only tasks without data, which take no column, look at it
+            cross = x.new_zeros((), dtype=self._lin.dtype).expand(prior_mean.numel(), len(self._x) * self._o)
+        prior = self._scale * (self._lin.gram(x) if full else self._lin.diagonal(x))
+        mean = prior_mean.repeat(len(self._group_of), 1, 1)
+        second = prior.new_empty(len(self._group_of), *prior.shape)
+        for g, group in enumerate(self._groups):
+            members = self._group_of == g
+            moved, explained = group.moments(x, cross)
+            mean[members] += moved.reshape(-1, *prior_mean.shape)
+            if full:
+                second[members] = prior - explained.T @ explained
+            else:
+                second[members] = (prior - explained.square().sum(0)).clamp_min(0)
+        return mean, second if full else second.view(-1, *prior_mean.shape)
+
+
+class Cholesky:
+    """One pattern of observed values, conditioned on by a factor of its Gram matrix, for the tasks that share it."""
+
+    def __init__(
+        self,
+        gram: Float[Tensor, "N N"],
+        noise: Float[Tensor, " N"],
+        residuals: Float[Tensor, "t N"],
+        seen: Bool[Tensor, " every"],
+    ) -> None:
+        self._seen, self._factor = seen, _factorise(gram, noise)
+        whitened = torch.linalg.solve_triangular(self._factor, residuals.T, upper=False)
+        self._weights = torch.linalg.solve_triangular(self._factor.T, whitened, upper=True).T
+        constant = self._factor.diagonal().log().sum() + 0.5 * len(noise) * math.log(2 * math.pi)
+        self.log_likelihood = (-0.5 * whitened.square().sum(0) - constant, 0.0)
+        zero, count = residuals.new_zeros(len(residuals)), torch.zeros(len(residuals), dtype=torch.long)
+        self.report = Report(zero, zero, zero, count, count, count == 0)
+
+    def moments(self, x: Tensor, cross: Float[Tensor, "m every"]) -> tuple[Float[Tensor, "t m"], Float[Tensor, "N m"]]:
+        """Each task's mean at x less the prior mean, and E with posterior covariance = prior − EᵀE.
+
+        `cross`: the prior covariance of f at x and at all data.
+        """
+        cross = cross[:, self._seen]
+        return self._weights @ cross.T, torch.linalg.solve_triangular(self._factor, cross.T, upper=False)
+
+
+def _factorise(gram: Tensor, noise: Tensor) -> Tensor:
+    """The Cholesky factor of gram + noise, as it stands: no jitter is added behind anyone's back."""
+    matrix = gram.clone()
+    matrix.diagonal().add_(noise)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if info:
+        raise ValueError(
+            f"The Gram matrix plus noise is not positive definite in {gram.dtype}: the noise, {noise.min():.1e}, is "
+            f"below the rounding of the matrix, whose largest entry is {gram.diagonal().max():.1e}. Use a larger "
+            "noise, or dtype=torch.float64."
+        )
+    return factor
+
+
+def distribution(mean: Float[Tensor, "*t m o"], covariance: Float[Tensor, "*t mo mo"]) -> MultivariateNormal:
+    """A multivariate normal of m points, of several outputs where mean says so."""
+    operator = to_linear_operator(covariance)
+    if mean.shape[-1] == 1:
+        return MultivariateNormal(mean[..., 0], operator)
+    return MultitaskMultivariateNormal(mean, operator, interleaved=True)
