@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from gpytorch.distributions import MultivariateNormal
@@ -47,8 +46,8 @@ class NTKGP:
         outputscale: float = 1.0,
         noise: float = 1e-2,
         mean: Mean = "zero",
-        space: Literal["function", "parameter"] = "function",
-        solver: Literal["cholesky", "cg"] | Iterative | None = None,
+        space: str = "function",
+        solver: str | Iterative | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
         if isinstance(mean, str) and mean not in ("zero", "constant", "network"):
@@ -67,7 +66,7 @@ class NTKGP:
         lin = net if isinstance(net, Linearization) else Linearization(net)
         self.lin = lin if lin.dtype == dtype else lin.to(dtype=dtype)
         self.outputscale, self.noise, self.mean = float(outputscale), float(noise), mean
-        self.space: Literal["function", "parameter"] = space
+        self.space = space
         self.iterative = solver if isinstance(solver, Iterative) else None
         if self.iterative is None and (solver == "cg" or space == "parameter"):
             self.iterative = Iterative()

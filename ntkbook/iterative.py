@@ -4,7 +4,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,7 +38,7 @@ class Iterative:
     max_iterations: int = 1000
     rank: int | None = None
     slack: float = 1e-8
-    block: int = 32
+    block: int = 8
     probes: int = 16
     seed: int = 0
 
@@ -82,7 +82,7 @@ class IterativeConditioning:
         noise: Float[Tensor, " N"],
         residuals: Float[Tensor, "t N"],
         scale: float,
-        space: Literal["function", "parameter"],
+        space: str,
         options: Iterative,
     ) -> None:
         self._lin, self._seen, self._scale, self._options = lin, seen.flatten(), scale, options
@@ -90,12 +90,13 @@ class IterativeConditioning:
         self._target = (residuals / self._deviation).T
         self._system = system = Whitened(lin, x, seen, noise, scale)
         parameter = space == "parameter"
+        rank = self._rank(parameter)
         self._subspace = Subspace(
             system,
             self._target,
-            rank=self._rank(parameter),
+            rank=rank,
             slack=options.slack,
-            block=options.block,
+            block=min(options.block, -(-rank // 4)),  # at least four steps, for directions that are better than random
             seed=options.seed,
             keep=parameter,
         )

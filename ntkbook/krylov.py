@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
-from linear_operator.utils.lanczos import lanczos_tridiag
 from torch import Tensor
 
 from ntkbook.linearize import Linearization
@@ -49,7 +48,7 @@ class Subspace:
     It is never below the exact variance, whatever Q is, and at most 1 + slack times it: slack = tr(AAᵀ) − tr(QᵀAAᵀQ).
 
     Args:
-        start: (N, k), the first directions; the rest of the first block is random.
+        start: (N, k), whose products begin the first block; the rest of it is random.
         rank: directions at most. slack: enough of it. block: directions at a time.
         keep: keep C, (p, r), the parameter-space cache; else Q alone serves, (N, r).
     """
@@ -68,7 +67,9 @@ class Subspace:
         generator = torch.Generator().manual_seed(seed)
         n, rounding = system.shape[0], 4 * torch.finfo(start.dtype).eps * system.squares
         q, product, kept, trace = start.new_empty(n, 0), start.new_empty(n, 0), [], 0.0
-        image = start
+        # From AAᵀ times the first vectors, which lies in A's range: with fewer parameters than data, most does not.
+        fresh = torch.randn(n, max(block - start.shape[1], 0), generator=generator, dtype=start.dtype).to(start.device)
+        image = system.forward(system.adjoint(torch.cat([start[:, :block], fresh], 1)))
         while True:
             width = min(block, rank - q.shape[1])
             fresh = torch.randn(n, width, generator=generator, dtype=start.dtype).to(start.device)
@@ -198,11 +199,26 @@ def _inner(
 
 
 def quadrature(matrix: Product, z: Float[Tensor, "n k"], steps: int) -> Float[Tensor, " k"]:
-    """zᵀ log(matrix) z for each column, by Lanczos quadrature; the matrix is at least I."""
-    shape = torch.Size([len(z), len(z)])
-    _, t = lanczos_tridiag(matrix, steps, z.dtype, z.device, matrix_shape=shape, init_vecs=z)
-    values, vectors = torch.linalg.eigh(t.reshape(-1, *t.shape[-2:]))
-    return z.square().sum(0) * (vectors[:, 0, :].square() * values.clamp_min(1).log()).sum(1)
+    """zᵀ log(matrix) z for each column, by Lanczos quadrature; the matrix is at least I.
+
+    (linear_operator's `lanczos_tridiag` divides by zero where one column's Krylov space ends before the others'.)
+    """
+    length = z.norm(dim=0)
+    before, q, beta = torch.zeros_like(z), z / length, torch.zeros_like(length)
+    t = z.new_zeros(z.shape[1], steps, steps)
+    for i in range(steps):
+        w = matrix(q) - beta * before
+        alpha = (w * q).sum(0)
+        w = w - alpha * q
+        t[:, i, i] = alpha
+        beta = w.norm(dim=0)
+        ended = beta <= 1e2 * torch.finfo(z.dtype).eps * alpha
+        beta = beta.masked_fill(ended, 0)  # and its further rows and columns of t stay zero
+        before, q = q, torch.where(ended, 0.0, w / beta.masked_fill(ended, 1))
+        if i + 1 < steps:
+            t[:, i, i + 1] = t[:, i + 1, i] = beta
+    values, vectors = torch.linalg.eigh(t)
+    return length.square() * (vectors[:, 0, :].square() * values.clamp_min(1).log()).sum(1)
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

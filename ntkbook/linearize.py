@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from jaxtyping import Float
+from linear_operator import LinearOperator
 from torch import Tensor
 from torch.func import jacrev, vmap
 from torch.func import jvp as func_jvp
@@ -177,6 +178,17 @@ class Linearization(FunctionalNetwork):
             norms.append(gram_diagonal(part))
         return torch.cat(norms).reshape(-1)
 
+    def operator(self, x: Tensor, x2: Tensor | None = None) -> LinearOperator:
+        """J(x) J(x2)ᵀ, (n·o, m·o), as a `linear_operator.LinearOperator` that is never formed.
+
+        `ntkbook.operators` has the others: JacobianOperator(lin, x), its `.mT`, and GaussNewtonOperator(lin, x) for
+        JᵀJ; and what to set before a solve with more than 800 rows, where linear_operator turns to conjugate gradients
+        with a tolerance of 1.
+        """
+        from ntkbook.operators import NTKOperator
+
+        return NTKOperator(self, x, x2)
+
     # ------------------------------------------------------------------ inside
 
     def _directional(self, x: Tensor, v: Float[Tensor, " p"]) -> Float[Tensor, "n o"]:
@@ -264,6 +276,7 @@ class Linearization(FunctionalNetwork):
     def _require_room(self, shape: tuple[int, int], what: str, instead: str) -> None:
         nbytes = shape[0] * shape[1] * next(iter(self.params.values())).element_size()
         require_memory(nbytes, self.device, f"{what} of {shape[0]:,} x {shape[1]:,} {self.dtype}", instead)
+
 
 def _differentiable(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
