@@ -91,7 +91,7 @@ CLAIMS = (
         sentence="A product of a vector with the NTK takes three backward calls.",
         quantity="backward calls of one product by double backward, its error against the dense product below 1e-10",
         direction="in",
-        threshold=(1, 3),
+        threshold=(1.0, 3.0),
         paper_value="3",
     ),
     Claim(

@@ -145,28 +145,31 @@ def posterior_panel(
             ax.plot(xs, ys, marker, color=colour, markersize=4, linestyle="none", label=label, rasterized=many)
 
 
-def metric_table(rows: Mapping[str, Mapping[str, Any]], profile: str = "cpu", caption: str = "") -> Any:
+def metric_table(
+    rows: Mapping[str, Mapping[str, Any]], profile: str = "cpu", caption: str = "", *, head: str = "method"
+) -> Any:
     """Methods by metrics, each a mean with the half-width of its 95 % interval, as something a notebook displays.
 
     Args:
-        rows: method key or a name of your own → metric name → value, or (value, half-width).
+        rows: a method's key or a name of your own → metric name → value, or (value, half-width).
         profile: *quick* is added to the caption.
         caption: what the numbers are over.
+        head: what a row is.
 
     Returns:
         An object shown as an HTML table, or as plain text.
     """
     metrics = list(dict.fromkeys(name for row in rows.values() for name in row))
     caption += " (quick)" if profile == "quick" else ""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["method", *metrics])
-    body, plain = "", [" | ".join(["method", *metrics])]
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in [head, *metrics])
+    body, plain = "", [" | ".join([head, *metrics])]
     for key, row in rows.items():
         label = METHOD[key].label if key in METHOD else key
         cells = [_number(row.get(name)) for name in metrics]
         body += f"<tr><th>{html.escape(label)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
         plain.append(" | ".join([label, *cells]))
     table = f'<table class="metrics"><caption>{html.escape(caption)}</caption>'
-    table += f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    table += f"<thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
     return Bundle({"text/html": table, "text/plain": "\n".join([caption, *plain])})
 
 

@@ -72,9 +72,14 @@ class Record:
 
     @property
     def text(self) -> str:
-        """The value with its 95 % interval, with the digits that an interval of its width leaves any meaning."""
+        """The value with its 95 % interval, with the digits that an interval of its width leaves any meaning.
+
+        Alone where nothing varies: a count, or the error of an identity.
+        """
         if self.value is None or self.low is None or self.high is None:
             return "not measured"
+        if self.low == self.high:
+            return f"{self.value:.2g}".replace("-", "−")
         width = self.high - self.low
         decimals = min(max(1 - math.floor(math.log10(width)), 0), 6) if width > 0 else 3
         while decimals < 6 and any(v and round(v, decimals) == 0 for v in (self.low, self.high)):
