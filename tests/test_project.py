@@ -66,12 +66,14 @@ def test_the_readmes_picture_is_the_stored_one():
     assert (ROOT / path).read_text("utf8") == stored, "README.md's picture is old: run `ntkbook claims --readme`"
 
 
-def test_the_readmes_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf8"), re.DOTALL)
+def test_the_readmes_examples_run():
+    kernel, products = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf8"), re.DOTALL)
     names: dict = {}
-    exec(code, names)
+    exec(kernel, names)
     assert names["posterior"].mean.shape == (100,)
     assert (names["posterior"].variance >= 0).all()
+    exec(products, names)
+    assert names["posterior"].report.converged
 
 
 def test_every_claim_belongs_to_a_chapter():
