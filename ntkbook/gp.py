@@ -81,8 +81,9 @@ class NTKGP:
     def fit(self, x: Tensor, y: Tensor, noise: float | Tensor | None = None) -> "NTKGP":
         """Set outputscale, noise and a constant mean to those of the largest marginal likelihood of y at x.
 
-        With one eigendecomposition of K the likelihood of a ratio σ²/s² costs n operations, and s² and the constant
-        are then closed-form, so one dimension is searched: a grid over 16 decades, then Brent's method.
+        In either space and with any solver by one eigendecomposition of K (n·o × n·o): the likelihood of a ratio σ²/s²
+        then costs n operations, and s² and the constant are closed-form, so one dimension is searched: a grid over 16
+        decades, then Brent's method.
         Given `noise`, a variance for each point, only outputscale (and constant) are fitted.
 
         Args:
@@ -176,8 +177,6 @@ class NTKGP:
             raise ValueError(f"mean: {int((~torch.isfinite(mean)).sum())} of {mean.numel()} values are not finite.")
         return mean
 
-    def _require_room(self, n: int, copies: int = 3) -> None:
-        nbytes = copies * n * n * torch.empty(0, dtype=self.lin.dtype).element_size()
-        require_memory(
-            nbytes, self.lin.device, f"Conditioning on {n:,} values (a Gram matrix and its factor)", "Use fewer points."
-        )
+    def _require_room(self, n: int, copies: int = 3, instead: str = "Use fewer points.") -> None:
+        what = f"Conditioning on {n:,} values (a Gram matrix and its factor)"
+        require_memory(copies * n * n * self.lin.dtype.itemsize, self.lin.device, what, instead)

@@ -4,6 +4,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -43,12 +44,14 @@ class Iterative:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tolerance", "max_iterations", "rank", "slack", "block", "probes"):
+        for name in ("tolerance", "slack"):
             value = getattr(self, name)
-            least = 2 if name == "probes" else 0
-            if value is not None and not (value > 0 and value >= least):
-                wanted = "at least two probes" if least else f"a positive {name}"
-                raise ValueError(f"Iterative: expected {wanted}, got {value}.")
+            if not 0 < value < math.inf:
+                raise ValueError(f"Iterative: expected a positive, finite {name}, got {value}.")
+        for name, least in (("max_iterations", 1), ("rank", 1), ("block", 1), ("probes", 2)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Integral) or value is True or value < least):
+                raise ValueError(f"Iterative: expected a whole number of {name}, at least {least}, got {value}.")
 
 
 class Report(NamedTuple):
@@ -56,8 +59,10 @@ class Report(NamedTuple):
 
     Attributes:
         residual: of the mean's linear system, relative to that of the zero vector.
-        mean_error: a bound on the mean's error anywhere, in posterior standard deviations there.
-        variance_slack: where `variance` says v, the exact posterior variance lies in [v / (1 + slack), v].
+        mean_error: a bound on the mean's error anywhere, in posterior standard deviations there; but for rounding, of
+            the condition number's size in function space, of its square root's in parameter space.
+        variance_slack: where `variance` says v, the exact posterior variance lies in [v / (1 + slack), v]; but for
+            rounding of the prior variance.
         iterations: of conjugate gradients.
         rank: directions in the cached subspace.
         converged: whether `residual` is within the tolerance.
@@ -72,7 +77,14 @@ class Report(NamedTuple):
 
 
 class IterativeConditioning:
-    """One pattern of observed values, conditioned on by products, for the tasks that share it."""
+    """One pattern of observed values, conditioned on by products, for the tasks that share it.
+
+    Its results are constants: no gradient flows to x, residuals or noise.
+
+    Args:
+        seen: which values were observed. noise: theirs. residuals: theirs less the prior mean, of each task.
+        share: of the memory that a cached subspace may take: one over the number of patterns.
+    """
 
     def __init__(
         self,
@@ -84,13 +96,19 @@ class IterativeConditioning:
         scale: float,
         space: str,
         options: Iterative,
+        share: float = 1.0,
     ) -> None:
+        x, noise, residuals = x.detach(), noise.detach(), residuals.detach()
         self._lin, self._seen, self._scale, self._options = lin, seen.flatten(), scale, options
         self._deviation = noise.sqrt()
         self._target = (residuals / self._deviation).T
+        # Solved for targets of size one, whose squares neither overflow nor underflow.
+        self._unit = self._target.abs().amax(0)
+        self._unit = torch.where(self._unit > 0, self._unit, 1.0)
+        self._target = self._target / self._unit
         self._system = system = Whitened(lin, x, seen, noise, scale)
         parameter = space == "parameter"
-        rank = self._rank(parameter)
+        rank = self._rank(parameter, share)
         self._subspace = Subspace(
             system,
             self._target,
@@ -100,36 +118,47 @@ class IterativeConditioning:
             seed=options.seed,
             keep=parameter,
         )
+        size = system.shape[1 if parameter else 0]
+        at_once = max(1, total_memory(x.device) // 16 // (8 * size * self._target.element_size()))
+        solved = [self._solve(part, parameter) for part in self._target.split(at_once, dim=1)]
+        solution, error, relative, iterations = (torch.cat(parts, -1) for parts in zip(*solved))
+        self._solution = solution
+        everywhere = torch.ones_like(error)
+        self.report = Report(
+            residual=relative,
+            mean_error=error * self._unit,
+            variance_slack=everywhere * self._subspace.slack,
+            iterations=iterations,
+            rank=everywhere.long() * self._subspace.rank,
+            converged=relative <= options.tolerance,
+        )
+        self._warn()
+
+    def _solve(self, target: Float[Tensor, "N t"], parameter: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The solution for some tasks, its residual's size, that relative to the start's, and iterations, (t,) each."""
+        forward, adjoint = self._system.forward, self._system.adjoint
         if parameter:
             # The residual of (I + AᵀA) φ = Aᵀb by way of the data's, whose rounding the square of A's size does not
             # magnify. Its size is a bound on the mean's error in posterior standard deviations: (I + AᵀA)⁻¹ is below
             # the preconditioner, and that is what the subspace is safe for. In function space, its plain norm is.
-            apply = lambda v: system.adjoint(system.forward(v)) + v  # noqa: E731
-            residual = lambda v: system.adjoint(self._target - system.forward(v)) - v  # noqa: E731
-            size = lambda r, z: (r * z).sum(0).clamp_min(0).sqrt()  # noqa: E731
+            apply = lambda v: adjoint(forward(v)) + v  # noqa: E731
+            residual = lambda v: adjoint(target - forward(v)) - v  # noqa: E731
+            size = lambda r, energy: energy.sqrt()  # noqa: E731
         else:
-            apply = lambda a: system.forward(system.adjoint(a)) + a  # noqa: E731
-            residual = lambda a: self._target - apply(a)  # noqa: E731
-            size = lambda r, z: r.norm(dim=0)  # noqa: E731
-        self._solution, error, relative, iterations = conjugate_gradients(
+            apply = lambda a: forward(adjoint(a)) + a  # noqa: E731
+            residual = lambda a: target - apply(a)  # noqa: E731
+            size = lambda r, energy: r.norm(dim=0)  # noqa: E731
+        start = target.new_zeros(self._system.shape[1 if parameter else 0], target.shape[1])
+        solution, error, relative, used = conjugate_gradients(
             apply,
             residual,
-            self._target.new_zeros(system.shape[1 if parameter else 0], len(residuals)),
+            start,
             self._subspace.precondition,
             size,
-            tolerance=options.tolerance,
-            max_iterations=options.max_iterations,
+            tolerance=self._options.tolerance,
+            max_iterations=self._options.max_iterations,
         )
-        everywhere = torch.ones_like(error)
-        self.report = Report(
-            residual=relative,
-            mean_error=error,
-            variance_slack=everywhere * self._subspace.slack,
-            iterations=everywhere.long() * iterations,
-            rank=everywhere.long() * self._subspace.rank,
-            converged=relative <= options.tolerance,
-        )
-        self._warn(iterations)
+        return solution, error, relative, torch.full_like(error, used).long()
 
     def moments(self, x: Tensor, cross: Float[Tensor, "m every"]) -> tuple[Float[Tensor, "t m"], Float[Tensor, "r m"]]:
         """Each task's mean at x less the prior mean, and E with posterior covariance = prior − EᵀE.
@@ -139,11 +168,11 @@ class IterativeConditioning:
         if self._subspace.c is not None:
             parts = (self._lin.jvp(x, part).flatten(0, 1).T for part in (self._solution, self._subspace.c))
             mean, explained = (self._scale**0.5 * part for part in parts)
-            return mean, explained
+            return self._unit[:, None] * mean, explained
         cross = cross[:, self._seen] / self._deviation
         lower = self._subspace.root.T
         explained = torch.linalg.solve_triangular(lower, (cross @ self._subspace.q).T, upper=False)
-        return (cross @ self._solution).T, explained
+        return self._unit[:, None] * (cross @ self._solution).T, explained
 
     @cached_property
     def log_likelihood(self) -> tuple[Float[Tensor, " t"], float]:
@@ -154,27 +183,27 @@ class IterativeConditioning:
             quadratic = (b - self._system.forward(s)).square().sum(0) + s.square().sum(0)
         else:
             quadratic = (s * (2 * b - self._system.forward(self._system.adjoint(s)) - s)).sum(0)
+        quadratic = quadratic * self._unit.square()
         rest, error = self._subspace.outside(self._system, self._options.probes, self._options.seed + 1)
         log_determinant = self._subspace.log_determinant + rest + 2 * float(self._deviation.log().sum())
         return -0.5 * (quadratic + log_determinant + len(b) * math.log(2 * math.pi)), 0.5 * error
 
-    def _rank(self, parameter: bool) -> int:
+    def _rank(self, parameter: bool, share: float) -> int:
         n, p = self._system.shape
-        itemsize = self._target.element_size()
+        device, itemsize = self._target.device, self._target.element_size()
         each = (2 * n + (3 * p if parameter else 0)) * itemsize  # Q, AAᵀQ; G and two more of its size in its QR
-        if self._options.rank is None:
-            return max(1, min(n, p, 1000, total_memory(self._target.device) // 8 // each))
-        rank = min(n, p, self._options.rank)
-        require_memory(rank * each, self._target.device, f"A subspace of rank {rank:,}", "Use a smaller rank=.")
+        affordable = int(share * total_memory(device) / 8 / each)
+        rank = min(n, p, self._options.rank or max(1, min(1000, affordable)))
+        require_memory(rank * each, device, f"A subspace of rank {rank:,}", "Use a smaller rank= in Iterative(...).")
         return rank
 
-    def _warn(self, iterations: int) -> None:
+    def _warn(self) -> None:
         report, options = self.report, self._options
         precise = "" if self._target.dtype == torch.double else ", or dtype=torch.float64"
         if not report.converged.all():
             warnings.warn(
-                f"Conjugate gradients stopped after {iterations} iterations at a relative residual of "
-                f"{float(report.residual.max()):.1e}, above the tolerance of {options.tolerance:.1e}: the mean is "
+                f"Conjugate gradients stopped after {int(report.iterations.max())} iterations at a relative residual "
+                f"of {float(report.residual.max()):.1e}, above the tolerance of {options.tolerance:.1e}: the mean is "
                 f"within {float(report.mean_error.max()):.1e} posterior standard deviations. Use a larger rank or more "
                 f"max_iterations in solver=Iterative(...){precise}.",
                 ConvergenceWarning,
@@ -183,8 +212,8 @@ class IterativeConditioning:
         if options.rank is None and self._subspace.slack > max(0.01, options.slack):
             warnings.warn(
                 f"A subspace of rank {self._subspace.rank:,} leaves variances that may be up to "
-                f"{self._subspace.slack:.1e} times too large. Use a larger rank in solver=Iterative(...){precise}, or "
-                "set it to what it is if that will do.",
+                f"{1 + self._subspace.slack:.3g} times too large. Use a larger rank in solver=Iterative(...){precise}, "
+                "or set it to what it is if that will do.",
                 ConvergenceWarning,
                 stacklevel=5,
             )

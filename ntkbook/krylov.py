@@ -66,17 +66,18 @@ class Subspace:
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         n, rounding = system.shape[0], 4 * torch.finfo(start.dtype).eps * system.squares
-        q, product, kept, trace = start.new_empty(n, 0), start.new_empty(n, 0), [], 0.0
+        q, product, kept, trace, r = start.new_empty(n, rank), start.new_empty(n, rank), [], 0.0, 0
         # From AAᵀ times the first vectors, which lies in A's range: with fewer parameters than data, most does not.
         fresh = torch.randn(n, max(block - start.shape[1], 0), generator=generator, dtype=start.dtype).to(start.device)
         image = system.forward(system.adjoint(torch.cat([start[:, :block], fresh], 1)))
         while True:
-            width = min(block, rank - q.shape[1])
+            width = min(block, rank - r)
             fresh = torch.randn(n, width, generator=generator, dtype=start.dtype).to(start.device)
-            new = _orthonormal(image[:, :width], fresh, q)
+            new = _orthonormal(image[:, :width], fresh, q[:, :r])
             g = system.adjoint(new)
             image = system.forward(g)
-            q, product = torch.cat([q, new], 1), torch.cat([product, image], 1)
+            q[:, r : r + width], product[:, r : r + width] = new, image
+            r += width
             kept += [g] if keep else []
             gained = float(g.square().sum())
             trace += gained
@@ -84,12 +85,12 @@ class Subspace:
             # gained estimates it: by then its directions are random.
             self.left = left = max(system.squares - trace, 0.0)
             if left <= rounding:
-                self.left = min(left, gained * (n - q.shape[1]) / width)
-            if q.shape[1] >= rank or self.left <= slack:
+                self.left = min(left, gained * (n - r) / width)
+            if r >= rank or self.left <= slack:
                 break
-        self.q, self.rank = q, q.shape[1]
-        self.slack = 0.0 if self.rank == n else left + rounding
-        eye = torch.eye(self.rank, dtype=q.dtype, device=q.device)
+        self.q, product, self.rank = q[:, :r], product[:, :r], r
+        self.slack = 0.0 if r == n else left + rounding
+        eye = torch.eye(r, dtype=q.dtype, device=q.device)
         self.c: Tensor | None = None
         if keep:
             # QR of [G; I] and not a Cholesky factor of I + GᵀG, which would square the condition number.
@@ -98,28 +99,37 @@ class Subspace:
             orthogonal, self.root = torch.linalg.qr(stacked)
             self.c = orthogonal[: system.shape[1]].T.contiguous().T  # columns one after the other, and the rest freed
         else:
-            small = q.T @ product
+            small = self.q.T @ product
             self.root = torch.linalg.cholesky((small + small.T) / 2 + eye, upper=True)
         # RᵀR = I + QᵀAAᵀQ for the root R, and AC = AAᵀQ R⁻¹.
         self.image = torch.linalg.solve_triangular(self.root, product, upper=True, left=False)
         self.log_determinant = 2 * float(self.root.diagonal().abs().log().sum())
 
-    def precondition(self, r: Tensor) -> Tensor:
-        """(I + AᵀA)⁻¹ r in parameter space, (I + AAᵀ)⁻¹ r in function space, as far as the subspace knows."""
+    def precondition(self, r: Float[Tensor, "k t"]) -> tuple[Float[Tensor, "k t"], Float[Tensor, " t"]]:
+        """z, (I + AᵀA)⁻¹ r in parameter space and (I + AAᵀ)⁻¹ r in function space as far as the subspace knows; rᵀz.
+
+        rᵀz is a sum of squares: as a difference it would be lost where the condition number reaches 1 / rounding.
+        """
         if self.c is not None:
-            return r - self.c @ (self.c.T @ r)
+            inside = self.c.T @ r
+            z = r - self.c @ inside
+            inside = torch.linalg.solve_triangular(self.root, inside, upper=True)
+            return z, z.square().sum(0) + inside.square().sum(0)
         inside = self.q.T @ r
-        return r + self.q @ (torch.cholesky_solve(inside, self.root, upper=True) - inside)
+        outside = r - self.q @ inside
+        half = torch.linalg.solve_triangular(self.root.T, inside, upper=False)
+        z = outside + self.q @ torch.linalg.solve_triangular(self.root, half, upper=True)
+        return z, outside.square().sum(0) + half.square().sum(0)
 
     def outside(self, system: Whitened, probes: int, seed: int) -> tuple[float, float]:
-        """log det(I + AAᵀ) less `log_determinant`: a value between 0 and the slack, and its standard error.
+        """log det(I + AAᵀ) less `log_determinant`, which lies between 0 and the slack: an estimate and its error.
 
         It is the log-determinant of a Schur complement, I + B with B positive semi-definite and of trace at most the
-        slack, and is found by stochastic Lanczos quadrature, or, for a slack below 1e-6 a value, taken as half of what
-        is left.
+        slack, by stochastic Lanczos quadrature: the error is the probes' standard error and half the distance between
+        the quadrature's bounds. Where 1e-6 a value or less is left, it is half of that, within half the slack.
         """
         n = system.shape[0]
-        if self.slack <= 1e-6 * n:
+        if self.left <= 1e-6 * n or self.rank == n:
             return min(self.left, self.slack) / 2, self.slack / 2
 
         def complement(z: Tensor) -> Tensor:
@@ -129,11 +139,12 @@ class Subspace:
         generator = torch.Generator().manual_seed(seed)
         z = torch.randn(n, probes, generator=generator, dtype=self.q.dtype).to(self.q.device)
         z = self._without(self._without(z))
-        # Gauss quadrature of log on [1, 1 + slack] to 1e-8 needs fewer steps than this.
+        # To about 1e-8 on [1, 1 + slack], where that takes at most a hundred steps.
         steps = min(n - self.rank, 100, math.ceil(5 * math.sqrt(1 + self.slack)))
         # Dividing by |z|², whose mean is n − r, takes out the spread of the lengths, which says nothing.
-        estimates = quadrature(complement, z, steps) / z.square().sum(0) * (n - self.rank)
-        return float(estimates.mean()), float(estimates.std() / math.sqrt(probes))
+        low, high = (part / z.square().sum(0) * (n - self.rank) for part in quadrature(complement, z, steps))
+        middle = (low + high) / 2
+        return float(middle.mean()), float(middle.std() / math.sqrt(probes) + (high - low).mean() / 2)
 
     def _without(self, z: Tensor) -> Tensor:
         return z - self.q @ (self.q.T @ z)
@@ -143,7 +154,7 @@ def conjugate_gradients(
     apply: Product,
     residual: Product,
     start: Float[Tensor, "k t"],
-    precondition: Product,
+    precondition: Callable[[Tensor], tuple[Tensor, Tensor]],
     size: Callable[[Tensor, Tensor], Tensor],
     *,
     tolerance: float,
@@ -156,52 +167,53 @@ def conjugate_gradients(
     Args:
         apply: the product with a symmetric positive definite matrix.
         residual: b − matrix · v, in the most accurate form there is.
-        size: of a residual r with z = precondition(r), one number a column.
+        precondition: of a residual r, z close to the solution and rᵀz, one number a column.
+        size: of a residual r and its rᵀz, one number a column.
         tolerance: of the size of the residual, relative to the start's.
 
     Returns:
         The solution; the size of its true residual, and that relative to the start's; the number of iterations.
     """
     solution, used, r = start, 0, residual(start)
-    first = error = size(r, precondition(r))
+    first = error = size(r, precondition(r)[1])
     while used < max_iterations and bool((error > tolerance * first).any()):
-        step, used = _inner(
-            apply, r, precondition, size, 0.1 * torch.minimum(tolerance * first, error), max_iterations, used
-        )
+        target = 0.1 * torch.minimum(tolerance * first, error)
+        step, used = _inner(apply, r, precondition, size, target, max_iterations, used)
         moved = solution + step
         r = residual(moved)
-        reached = size(r, precondition(r))
+        reached = size(r, precondition(r)[1])
         better = reached < error
         stalled = not bool((reached < 0.5 * error)[error > tolerance * first].any())
         solution, error = torch.where(better, moved, solution), torch.where(better, reached, error)
         if stalled:
             break
         r = r if bool(better.all()) else residual(solution)
-    return solution, error, torch.where(first > 0, error / first, 0.0), used
+    return solution, error, torch.where(first == 0, 0.0, error / first), used
 
 
 def _inner(
-    apply: Product, r: Tensor, precondition: Product, size: Callable, target: Tensor, max_iterations: int, used: int
+    apply: Product, r: Tensor, precondition: Callable, size: Callable, target: Tensor, max_iterations: int, used: int
 ) -> tuple[Tensor, int]:
     """Conjugate gradients from zero until the recursive residuals reach their targets."""
-    solution, z = torch.zeros_like(r), precondition(r)
-    direction, gamma = z, (r * z).sum(0)
+    solution = torch.zeros_like(r)
+    direction, gamma = precondition(r)
     while used < max_iterations:
         image, used = apply(direction), used + 1
         alpha = _ratio(gamma, (direction * image).sum(0))
         solution, r = solution + alpha * direction, r - alpha * image
-        z = precondition(r)
-        if bool((size(r, z) <= target).all()) or not bool(alpha.any()):
+        z, new = precondition(r)
+        if bool((size(r, new) <= target).all()) or not bool(alpha.any()):
             break
-        gamma, before = (r * z).sum(0), gamma
-        direction = z + _ratio(gamma, before) * direction
+        direction, gamma = z + _ratio(new, gamma) * direction, new
     return solution, used
 
 
-def quadrature(matrix: Product, z: Float[Tensor, "n k"], steps: int) -> Float[Tensor, " k"]:
-    """zᵀ log(matrix) z for each column, by Lanczos quadrature; the matrix is at least I.
+def quadrature(matrix: Product, z: Float[Tensor, "n k"], steps: int) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+    """A lower and an upper bound on zᵀ log(matrix) z for each column, for a matrix that is at least I.
 
-    (linear_operator's `lanczos_tridiag` divides by zero where one column's Krylov space ends before the others'.)
+    Lanczos steps make a Gauss quadrature, which is above, as the even derivatives of log are negative; with a node
+    at 1 (Gauss–Radau) it is below. (linear_operator's `lanczos_tridiag` divides by zero where one column's Krylov space
+    ends before the others'.)
     """
     length = z.norm(dim=0)
     before, q, beta = torch.zeros_like(z), z / length, torch.zeros_like(length)
@@ -217,8 +229,21 @@ def quadrature(matrix: Product, z: Float[Tensor, "n k"], steps: int) -> Float[Te
         before, q = q, torch.where(ended, 0.0, w / beta.masked_fill(ended, 1))
         if i + 1 < steps:
             t[:, i, i + 1] = t[:, i + 1, i] = beta
+    high = _gauss(t)
+    if steps == 1:
+        return torch.zeros_like(high), length.square() * high
+    values, vectors = torch.linalg.eigh(t[:, :-1, :-1])
+    gap = (values - 1).clamp_min(torch.finfo(z.dtype).eps)
+    last = t[:, -1, -2]
+    radau = t.clone()
+    radau[:, -1, -1] = 1 + last.square() * (vectors[:, -1, :].square() / gap).sum(1)
+    low = torch.where(last == 0, high, torch.minimum(_gauss(radau), high))  # ended: exact
+    return length.square() * low, length.square() * high
+
+
+def _gauss(t: Float[Tensor, "k m m"]) -> Float[Tensor, " k"]:
     values, vectors = torch.linalg.eigh(t)
-    return length.square() * (vectors[:, 0, :].square() * values.clamp_min(1).log()).sum(1)
+    return (vectors[:, 0, :].square() * values.clamp_min(1).log()).sum(1)
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

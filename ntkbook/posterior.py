@@ -21,7 +21,7 @@ class Posterior:
     """A Gaussian process given data: of one task, or of T tasks at the same inputs (then T leads every shape).
 
     Made by `NTKGP.condition` and `NTKGP.condition_tasks`. Tasks that were observed at the same points share one
-    factorisation, or one cached subspace.
+    factorisation, or one cached subspace. Differentiable in new inputs; in the data by Cholesky alone.
     """
 
     def __init__(
@@ -37,13 +37,16 @@ class Posterior:
         # As it is now: fitting the GP again must not change a posterior that was made before.
         self._gp = gp = copy.copy(gp)
         self._lin, self._scale, self._sigma2 = gp.lin, gp.outputscale, gp.noise if own_noise else None
-        self._x, self._tasks, self._o = x, tasks, y.shape[2]
+        self._x, self._tasks, self._o = x.clone(), tasks, y.shape[2]
         residuals = (y - gp._mean(x)).flatten(1)
         observed, self._group_of = torch.unique(~torch.isnan(y.flatten(1)), dim=0, return_inverse=True)
         iterative = gp.iterative
+        if iterative is not None:
+            self._x = self._x.detach()
         gram = residuals.new_empty(0)
         if iterative is None:
-            gp._require_room(residuals.shape[1], copies=3 + len(observed))
+            instead = 'Use fewer points, or solver="cg", which forms no Gram matrix.'
+            gp._require_room(residuals.shape[1], copies=3 + len(observed), instead=instead)
             gram = gp.lin.gram(x).mul_(gp.outputscale)
         self._groups: list[Cholesky | IterativeConditioning] = []
         for g, seen in enumerate(observed):
@@ -54,18 +57,26 @@ class Posterior:
             else:
                 self._groups.append(
                     IterativeConditioning(
-                        gp.lin, x, seen.view(-1, self._o), sigma2, r, gp.outputscale, gp.space, iterative
+                        gp.lin,
+                        x,
+                        seen.view(-1, self._o),
+                        sigma2,
+                        r,
+                        gp.outputscale,
+                        gp.space,
+                        iterative,
+                        1 / len(observed),
                     )
                 )
 
     @property
     def log_marginal_likelihood(self) -> Tensor:
-        """log p(y) of the observed values: a scalar, or (T,). Iterative solvers compute it when it is asked for."""
+        """log p(y) of the observed values: a scalar, or (T,). Iterative solvers wait until it is asked for."""
         return self._per_task([group.log_likelihood[0] for group in self._groups])
 
     @property
     def log_marginal_likelihood_error(self) -> Tensor:
-        """The standard error of `log_marginal_likelihood`: zero by Cholesky, that of the quadrature otherwise."""
+        """The error of `log_marginal_likelihood`, the quadrature's standard error above all; zero by Cholesky."""
         return self._per_task(
             [torch.full_like(group.log_likelihood[0], group.log_likelihood[1]) for group in self._groups]
         )
@@ -171,7 +182,7 @@ class Cholesky:
         self._weights = torch.linalg.solve_triangular(self._factor.T, whitened, upper=True).T
         constant = self._factor.diagonal().log().sum() + 0.5 * len(noise) * math.log(2 * math.pi)
         self.log_likelihood = (-0.5 * whitened.square().sum(0) - constant, 0.0)
-        zero, count = residuals.new_zeros(len(residuals)), torch.zeros(len(residuals), dtype=torch.long)
+        zero, count = residuals.new_zeros(len(residuals)), residuals.new_zeros(len(residuals), dtype=torch.long)
         self.report = Report(zero, zero, zero, count, count, count == 0)
 
     def moments(self, x: Tensor, cross: Float[Tensor, "m every"]) -> tuple[Float[Tensor, "t m"], Float[Tensor, "N m"]]:

@@ -379,10 +379,16 @@ def test_arguments_that_make_no_sense(arguments, message):
         NTKGP(network(), **arguments)
 
 
-@pytest.mark.parametrize("name", ["tolerance", "max_iterations", "rank", "slack", "block", "probes"])
-def test_options_that_make_no_sense(name):
-    with pytest.raises(ValueError, match=f"{name}.* 0" if name != "probes" else "two probes, got 0"):
-        Iterative(**{name: 0.0 if name in ("tolerance", "slack") else 0})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("tolerance", 0.0), ("tolerance", math.inf), ("slack", 0.0)],
+        *[("max_iterations", 0), ("rank", 0), ("rank", True), ("block", 0), ("probes", 1)],
+    ],
+)
+def test_options_that_make_no_sense(name, value):
+    with pytest.raises(ValueError, match=f"{name}.*, got {value}"):
+        Iterative(**{name: value})
 
 
 def test_a_cache_that_cannot_fit_is_refused(monkeypatch):
@@ -397,19 +403,81 @@ def test_cholesky_needs_no_report():
     assert posterior.log_marginal_likelihood_error == 0
 
 
+@pytest.mark.parametrize("kind", SPACES)
+@pytest.mark.parametrize("factor", [1e-200, 1e200])
+def test_targets_of_any_size(kind, factor):
+    net, x, star = network(), draw(20, 2), draw(5, 2, seed=1)
+    y = torch.sin(x[:, 0])
+    want = NTKGP(net, noise=0.1).condition(x, y).mean(star)
+    got = NTKGP(net, noise=0.1, **kind).condition(x, y * factor)
+    assert (got.mean(star) / factor - want).abs().max() <= 1e-8 * want.abs().max()
+    assert got.report.converged
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_silent_zero_where_the_condition_number_is_one_over_rounding(seed):
+    """At n = 1 with κ about 1e16: the mean at the data is the data, or the report says that it is not."""
+    net, x = network(seed=seed), draw(1, 2, seed=seed)
+    y = torch.ones(1, dtype=torch.double)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        posterior = NTKGP(net, noise=1e-12, outputscale=1e3, space="parameter").condition(x, y)
+        single = NTKGP(net, noise=1e-5, space="parameter", dtype=torch.float32).condition(x, y)
+    assert not posterior.report.converged or abs(posterior.mean(x) - 1) <= 1e-6
+    assert not single.report.converged or abs(single.mean(x) - 1) <= 1e-2
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_the_bound_on_the_mean_is_no_idle_one(kind):
+    """It is above the error, and not by orders of magnitude: a solve stopped early, some hundred new points."""
+    net, x, star = network(), draw(60, 2, seed=1), draw(200, 2, seed=2)
+    y = torch.sin(x[:, 0])
+    posterior = NTKGP(net, noise=1e-2, **with_solver(kind, rank=12, tolerance=1e-3)).condition(x, y)
+    j, j_star = jacobians(net, x, star)
+    mean, exact, _ = accurate_gp.posterior(j, j_star, y, torch.full((60,), 1e-2, dtype=torch.double), 1.0)
+    error = float(((posterior.mean(star) - mean).abs() / exact.diagonal().sqrt()).max())
+    assert error <= float(posterior.report.mean_error) <= 100 * error
+
+
+def test_gradients_in_the_data_are_refused_and_those_in_new_inputs_flow():
+    net, x, star = network(), draw(10, 2).requires_grad_(), draw(4, 2, seed=1).requires_grad_()
+    noise = torch.tensor(0.1, dtype=torch.double, requires_grad=True)
+    want = NTKGP(net).condition(x.detach(), x[:, 0].detach(), noise=0.1)
+    got = NTKGP(net, space="parameter").condition(x, x[:, 0], noise=noise)
+    assert not got.log_marginal_likelihood.requires_grad
+    (one,) = torch.autograd.grad(want.mean(star).sum() + want.variance(star).sum(), star)
+    (other,) = torch.autograd.grad(got.mean(star).sum() + got.variance(star).sum(), star)
+    assert (one - other).abs().max() <= 1e-6 * one.abs().max()
+    assert not got.mean(star.detach()).requires_grad
+
+
+def test_patterns_share_the_memory(monkeypatch):
+    monkeypatch.setattr("ntkbook.iterative.total_memory", lambda device: 8 * 8 * (3 * 127 + 2 * 30) * 24)
+    net, x, y = network(), draw(30, 2), draw(3, 30, seed=1)
+    y[0, 0] = y[1, 1] = torch.nan
+    with pytest.warns(ConvergenceWarning, match="rank 8"):
+        posterior = NTKGP(net, noise=1e-3, space="parameter").condition_tasks(x, y)
+    assert (posterior.report.rank == 8).all()
+
+
 # ------------------------------------------------------------------ the parts
 
 
-def test_the_quadrature_is_exact_in_enough_steps_and_unbiased_over_probes():
+def test_the_quadrature_bounds_the_value_and_is_exact_in_enough_steps():
     root = draw(30, 30)
     matrix = root @ root.T + torch.eye(30)
     values, vectors = torch.linalg.eigh(matrix)
     z = draw(30, 4, seed=1)
     want = ((vectors.T @ z).square() * values.log()[:, None]).sum(0)
-    got = quadrature(lambda v: matrix @ v, z, 30)
-    assert (got - want).abs().max() <= 1e-9 * want.max()
-    same = quadrature(lambda v: v.clone(), z, 30)  # the identity: Lanczos ends after one step
-    assert same.abs().max() <= 1e-10
+    for got in quadrature(lambda v: matrix @ v, z, 30):
+        assert (got - want).abs().max() <= 1e-9 * want.max()
+    for steps in (1, 2, 4, 8):
+        low, high = quadrature(lambda v: matrix @ v, z, steps)
+        assert (low <= want).all()
+        assert (want <= high).all()
+    assert ((high - low) / want).max() < 0.1
+    for same in quadrature(lambda v: v.clone(), z, 30):  # the identity: Lanczos ends after one step
+        assert same.abs().max() <= 1e-10
 
 
 @pytest.mark.parametrize("kind", SPACES)
@@ -435,8 +503,8 @@ def test_conjugate_gradients_solve_every_column_to_its_tolerance():
         lambda v: matrix @ v,
         lambda v: b - matrix @ v,
         torch.zeros_like(b),
-        lambda r: r,
-        lambda r, z: r.norm(dim=0),
+        lambda r: (r, r.square().sum(0)),
+        lambda r, energy: r.norm(dim=0),
         tolerance=1e-10,
         max_iterations=500,
     )
@@ -446,6 +514,62 @@ def test_conjugate_gradients_solve_every_column_to_its_tolerance():
     assert torch.equal(solution[:, 2], torch.zeros(40, dtype=torch.double))
     assert (error[:2] / b.norm(dim=0)[:2] - relative[:2]).abs().max() < 1e-15
     assert 0 < used < 500
+
+
+def test_conjugate_gradients_keep_the_better_solution():
+    """A residual that lies makes a restart worse: what was better before is what is returned."""
+    matrix, b, calls = torch.diag(torch.tensor([1.0, 2.0, 3.0])).double(), torch.ones(3, 1, dtype=torch.double), []
+
+    def residual(v):
+        calls.append(1)
+        return b - matrix @ v if len(calls) == 1 else 1e3 * b
+
+    solution, error, relative, _ = conjugate_gradients(
+        lambda v: matrix @ v,
+        residual,
+        torch.zeros_like(b),
+        lambda r: (r, r.square().sum(0)),
+        lambda r, energy: r.norm(dim=0),
+        tolerance=1e-10,
+        max_iterations=50,
+    )
+    assert torch.equal(solution, torch.zeros_like(b))
+    assert error == b.norm()
+    assert relative == 1
+
+
+class Diagonal(Whitened):
+    """Stands for a `Whitened` with AAᵀ of a given spectrum."""
+
+    def __init__(self, spectrum):
+        self.root = spectrum.sqrt()[:, None]
+        self.shape, self.squares = (len(spectrum), len(spectrum)), float(spectrum.sum())
+
+    def forward(self, v):
+        return self.root * v
+
+    adjoint = forward
+
+
+@pytest.mark.parametrize(("top", "rank"), [(2, 10), (6, 100), (10, 100)])
+def test_the_rest_of_the_log_determinant_within_its_error_for_wide_spectra(top, rank):
+    spectrum = torch.logspace(top, -2, 400, dtype=torch.double)
+    system = Diagonal(spectrum)
+    space = Subspace(system, draw(400, 1), rank=rank, slack=1e-8, block=8, seed=0, keep=False)
+    value, error = space.outside(system, 64, 1)
+    want = float((1 + spectrum).log().sum()) - space.log_determinant
+    assert 0 <= want <= space.slack
+    assert abs(value - want) <= 4 * error
+    assert error < 0.2 * want  # it says something
+
+
+def test_a_small_rest_of_the_log_determinant_is_taken_as_half():
+    spectrum = torch.cat([torch.logspace(3, 0, 20), torch.full((20,), 1e-8)]).double()
+    space = Subspace(Diagonal(spectrum), draw(40, 1), rank=24, slack=1e-30, block=4, seed=0, keep=False)
+    value, error = space.outside(Diagonal(spectrum), 4, 1)
+    assert 0 < value <= 2e-7
+    assert error == space.slack / 2
+    assert abs(float((1 + spectrum).log().sum()) - space.log_determinant - value) <= error
 
 
 def test_whitened_products_are_those_of_the_scaled_jacobian():

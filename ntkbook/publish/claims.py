@@ -110,7 +110,7 @@ CLAIMS = (
         place="Section 2.1 and the talk's appendix",
         sentence="Wide networks evolve as linear models under gradient descent.",
         quantity="slope, in log-log, of the distance between a trained network and its trained linearisation against "
-        "the width (theory: -0.5)",
+        "the width (theory's bound: -0.5)",
         direction="<",
         threshold=-0.25,
     ),

@@ -38,9 +38,7 @@ def run(
     if not isinstance(values, dict):
         raise ValueError(f"--params: expected YAML such as 'seed: 3', got {params!r}")
     root = runner.find_root()
-    results = runner.run(
-        root, chapters or (), profile=profile, parameters=values, force=force, progress=not quiet
-    )
+    results = runner.run(root, chapters or (), profile=profile, parameters=values, force=force, progress=not quiet)
     for result in results:
         print(f"{result.chapter}: {result.status}, {result.folder.relative_to(root)}")
     _exit_if_failed(results)

@@ -75,9 +75,7 @@ def execute(
     bar = bar if progress else False
     _Client.peak_mib = None
     try:
-        execute_notebook(
-            bare, output, values, engine_name="ntkbook", kernel_name="python3", cwd=cwd, progress_bar=bar
-        )
+        execute_notebook(bare, output, values, engine_name="ntkbook", kernel_name="python3", cwd=cwd, progress_bar=bar)
     except PapermillExecutionError as failure:
         first = (failure.source.strip().splitlines() or [""])[0]
         where = f"cell {failure.cell_index + 1} (In [{failure.exec_count}]), which starts with: {first}"

@@ -144,9 +144,7 @@ def check(notebook: str | Path | Mapping[str, Any], claims: tuple[Claim, ...] | 
         claim = known[name]
         if result.criterion != claim.criterion:
             problems.append(f"{name}: judged by {result.criterion!r}, the registry says {claim.criterion!r}")
-        again = judge(
-            claim, result.value, result.low, result.high, profile=result.profile, stand_in=result.stand_in
-        )
+        again = judge(claim, result.value, result.low, result.high, profile=result.profile, stand_in=result.stand_in)
         if again != result.verdict:
             problems.append(f"{name}: stored verdict {result.verdict!r}, its numbers {result.text} give {again!r}")
         if stored.get(name, {}).get("text/plain") != repr(result.text):

@@ -35,9 +35,7 @@ def network(path: Path) -> dict[str, str]:
     return found
 
 
-def resolve(
-    stations: str | Sequence[str], data_dir: str | Path | None = None, progress: bool = True
-) -> dict[str, str]:
+def resolve(stations: str | Sequence[str], data_dir: str | Path | None = None, progress: bool = True) -> dict[str, str]:
     """Id -> name of the stations asked for.
 
     Args:
