@@ -1,6 +1,8 @@
 """Every operator against its dense self: linear_operator's own test cases, and a stricter one in float64."""
 
 import pickle
+import subprocess
+import sys
 import unittest
 from itertools import pairwise
 
@@ -23,6 +25,14 @@ from ntkbook.operators import GaussNewtonOperator, JacobianOperator, NTKOperator
 
 TOLERANCE = 1e-12  # of the largest entry, in float64
 NETWORKS = ["tanh", "one output", "layer norm", "convolutions", "embedding"]  # the last with integer inputs
+
+
+@pytest.fixture(autouse=True)
+def linear_operators_own_settings():
+    """As linear_operator comes: importing botorch, as other tests do, turns Cholesky on up to 4,096 rows and beyond."""
+    own = settings.fast_computations(covar_root_decomposition=True, log_prob=True, solves=True)
+    with own, settings.max_cholesky_size(800), settings.cholesky_max_tries(3):
+        yield
 
 
 def mlp(*widths):
@@ -642,7 +652,9 @@ def test_what_cannot_fit_is_refused(monkeypatch):
 
 def test_the_documented_settings_of_linear_operator():
     """The module says when linear_operator leaves Cholesky, and with which tolerance."""
-    assert (settings.max_cholesky_size.value(), settings.cg_tolerance.value()) == (800, 1)
+    ask = "from linear_operator.settings import *; print(max_cholesky_size.value(), cg_tolerance.value())"
+    fresh = subprocess.run([sys.executable, "-W", "ignore", "-c", ask], capture_output=True, text=True, check=True)
+    assert fresh.stdout.split() == ["800", "1"]
     net = mlp(2, 20, 1)
     x = randn(801, 2)
     op, j = Linearization(net).operator(x).add_jitter(0.01), loop_jacobian(net, x)
