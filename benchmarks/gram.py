@@ -54,8 +54,9 @@ def seconds(run: Callable[[], object], repeats: int) -> list[float]:
     return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def begin(description: str) -> tuple[int, float]:
+    """Read --threads and --repeats; return the repeats, and a large matrix product's operations a second."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
@@ -63,6 +64,11 @@ def main() -> None:
     a = torch.randn(2000, 2000, dtype=torch.float64)
     speed = 2 * 2000**3 / min(seconds(lambda: a @ a, 5))
     print(f"torch {torch.__version__}, {options.threads} threads, matrix product {speed / 1e9:.0f} GFLOP/s\n")
+    return options.repeats, speed
+
+
+def main() -> None:
+    repeats, speed = begin(__doc__)
     print("| network | n | method | median s | range | ratio | max relative error |\n|---|---|---|---|---|---|---|")
     for sizes, n in CASES:
         net = mlp(sizes, "tanh", dtype=torch.float64)
@@ -77,7 +83,7 @@ def main() -> None:
             "curvlinops J (Jᵀ I)": lambda net=net, x=x: curvlinops(net, x),
         }
         for name, run in methods.items():
-            times = seconds(run, options.repeats)
+            times = seconds(run, repeats)
             median = statistics.median(times)
             base = base or median
             error = float((run() - truth).abs().max() / truth.abs().max())

@@ -7,13 +7,12 @@ multiplications, 8 n p a vector (Jᵀu: two products with every weight; J v: two
 product on the same threads, measured here.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 
 import torch
 from curvlinops import JacobianLinearOperator
-from gram import seconds
+from gram import begin, seconds
 from torch import Tensor, nn
 
 from ntkbook import NTKGP, Iterative, Linearization
@@ -49,16 +48,9 @@ def ours(net: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    square = torch.randn(2000, 2000, dtype=torch.double)
-    speed = 2 * 2000**3 / min(seconds(lambda: square @ square, 5))
-    print(f"torch {torch.__version__}, {options.threads} threads, matrix product {speed / 1e9:.0f} GFLOP/s")
+    repeats, speed = begin(__doc__)
     for sizes, n in CASES:
-        compare(mlp(sizes, "tanh", dtype=torch.float64), sizes, n, speed, options.repeats)
+        compare(mlp(sizes, "tanh", dtype=torch.float64), sizes, n, speed, repeats)
 
 
 def compare(net: nn.Module, sizes: tuple[int, ...], n: int, speed: float, repeats: int) -> None:

@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Integral
 from typing import NamedTuple
 
@@ -137,27 +137,28 @@ class IterativeConditioning:
     def _solve(self, target: Float[Tensor, "N t"], parameter: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The solution for some tasks, its residual's size, that relative to the start's, and iterations, (t,) each."""
         forward, adjoint = self._system.forward, self._system.adjoint
+        solve = partial(
+            conjugate_gradients,
+            start=target.new_zeros(self._system.shape[1 if parameter else 0], target.shape[1]),
+            precondition=self._subspace.precondition,
+            tolerance=self._options.tolerance,
+            max_iterations=self._options.max_iterations,
+        )
         if parameter:
             # The residual of (I + AᵀA) φ = Aᵀb by way of the data's, whose rounding the square of A's size does not
             # magnify. Its size is a bound on the mean's error in posterior standard deviations: (I + AᵀA)⁻¹ is below
             # the preconditioner, and that is what the subspace is safe for. In function space, its plain norm is.
-            apply = lambda v: adjoint(forward(v)) + v  # noqa: E731
-            residual = lambda v: adjoint(target - forward(v)) - v  # noqa: E731
-            size = lambda r, energy: energy.sqrt()  # noqa: E731
+            solution, error, relative, used = solve(
+                lambda v: adjoint(forward(v)) + v,
+                lambda v: adjoint(target - forward(v)) - v,
+                size=lambda r, energy: energy.sqrt(),
+            )
         else:
-            apply = lambda a: forward(adjoint(a)) + a  # noqa: E731
-            residual = lambda a: target - apply(a)  # noqa: E731
-            size = lambda r, energy: r.norm(dim=0)  # noqa: E731
-        start = target.new_zeros(self._system.shape[1 if parameter else 0], target.shape[1])
-        solution, error, relative, used = conjugate_gradients(
-            apply,
-            residual,
-            start,
-            self._subspace.precondition,
-            size,
-            tolerance=self._options.tolerance,
-            max_iterations=self._options.max_iterations,
-        )
+            solution, error, relative, used = solve(
+                lambda a: forward(adjoint(a)) + a,
+                lambda a: target - (forward(adjoint(a)) + a),
+                size=lambda r, energy: r.norm(dim=0),
+            )
         return solution, error, relative, torch.full_like(error, used).long()
 
     def moments(self, x: Tensor, cross: Float[Tensor, "m every"]) -> tuple[Float[Tensor, "t m"], Float[Tensor, "r m"]]:

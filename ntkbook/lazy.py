@@ -3,6 +3,7 @@
 A subclass says what its matrix's products are; its rows and columns are operators again, and nothing is formed.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ class MatrixFree(LinearOperator):
 
     lin: Linearization
 
-    def __init__(self, batch_shape: torch.Size = torch.Size(), **kwargs: Any) -> None:  # noqa: B008
+    def __init__(self, batch_shape: torch.Size = torch.Size(), **kwargs: Any) -> None:
         super().__init__(batch_shape=batch_shape, **kwargs)
         self._batch = torch.Size(batch_shape)
 
@@ -60,8 +61,8 @@ class MatrixFree(LinearOperator):
     def device(self) -> torch.device:
         return self.lin.device
 
-    def _transpose_nonbatch(self) -> "MatrixFree":
-        raise NotImplementedError
+    @abstractmethod
+    def _transpose_nonbatch(self) -> "MatrixFree": ...
 
     def _size(self) -> torch.Size:
         return self._batch + self._shape
@@ -186,7 +187,7 @@ class Selected(MatrixFree):
         base: MatrixFree,
         rows: Index | None = None,
         columns: Index | None = None,
-        batch_shape: torch.Size = torch.Size(),  # noqa: B008
+        batch_shape: torch.Size = torch.Size(),
     ) -> None:
         rows, columns = (
             torch.arange(size, device=base.device) if index is None else index

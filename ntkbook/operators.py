@@ -78,7 +78,7 @@ class JacobianOperator(_InputsOperator):
         *,
         transposed: bool = False,
         outputs: int | None = None,
-        batch_shape: torch.Size = torch.Size(),  # noqa: B008
+        batch_shape: torch.Size = torch.Size(),
     ) -> None:
         super().__init__(lin, x, outputs, transposed=transposed, batch_shape=batch_shape)
         self.transposed = transposed
@@ -150,7 +150,7 @@ class NTKOperator(_InputsOperator):
         x2: Tensor | None = None,
         *,
         outputs: int | None = None,
-        batch_shape: torch.Size = torch.Size(),  # noqa: B008
+        batch_shape: torch.Size = torch.Size(),
     ) -> None:
         if outputs is None and x2 is not None and lin.num_outputs(x2) != lin.num_outputs(x):
             raise ValueError(f"x2: the network has {lin.num_outputs(x)} outputs at x, and {lin.num_outputs(x2)} at x2.")
@@ -237,7 +237,7 @@ class GaussNewtonOperator(_InputsOperator):
         x: Tensor,
         *,
         outputs: int | None = None,
-        batch_shape: torch.Size = torch.Size(),  # noqa: B008
+        batch_shape: torch.Size = torch.Size(),
     ) -> None:
         super().__init__(lin, x, outputs, batch_shape=batch_shape)
         self._shape = lin.num_params, lin.num_params
