@@ -42,9 +42,7 @@ def test_the_rule(claim, numbers, verdict):
 def test_a_wider_interval_never_makes_a_better_verdict(numbers):
     low, value, high = numbers
     order = ["not reproduced", "partly", "reproduced"]
-    narrow, wide = (
-        judge(BELOW, value, low - w, high + w, profile="cpu", stand_in=False) for w in (0.0, 1.0)
-    )
+    narrow, wide = (judge(BELOW, value, low - w, high + w, profile="cpu", stand_in=False) for w in (0.0, 1.0))
     assert order.index(wide) <= order.index(narrow)
 
 

@@ -135,7 +135,7 @@ def test_a_fixed_hash_is_checked(tmp_path):
         jobs = [job(server, tmp_path, "a", right), job(server, tmp_path, "b", "0" * 64)]
         with pytest.raises(DownloadError, match=r"b: SHA256 hash.*does not match") as error:
             download(jobs, tmp_path, progress=False)
-        assert f"sha256: {'0' * 64}" in str(error.value)
+        assert f"hash: {'0' * 64}" in str(error.value)
     assert landed(tmp_path) == ["a"]
 
 

@@ -38,7 +38,7 @@ def test_the_registry_is_complete():
         assert entry.title
         assert entry.licence
         assert entry.citation
-        assert all(len(sha256) == 64 for _, sha256 in entry.sha256)
+        assert all(len(sha256) == 64 for _, sha256 in entry.hashes)
 
 
 def test_the_data_folder_comes_before_the_cache(cache, tmp_path, monkeypatch):
@@ -67,7 +67,7 @@ def test_a_folder_that_is_none(how, monkeypatch):
 
 def test_offline_nothing_is_downloaded_and_the_error_says_what_to_do(cache, monkeypatch):
     with serve({f"/{PANA}": b"x"}) as server:
-        entry = dataclasses.replace(PRECIPITATION, url=server.url + "/{file}", sha256=((PANA, "ab" * 32),))
+        entry = dataclasses.replace(PRECIPITATION, url=server.url + "/{file}", hashes=((PANA, "ab" * 32),))
         with pytest.raises(DataNotFoundError) as error:
             sources.obtain(entry, [PANA, "b", "c", "d"])
         assert server.requests == []
@@ -142,7 +142,9 @@ def test_digest_is_that_of_sha256sum(tmp_path):
 
 
 def test_the_banner_says_which_data_and_stand_ins_say_so():
-    real = Provenance("rain", "real", "rain at 2 stations", 2, "0123456789abcdef", "public domain", "me", "https://x.org")
+    real = Provenance(
+        "rain", "real", "rain at 2 stations", 2, "0123456789abcdef", "public domain", "me", "https://x.org"
+    )
     assert real.banner() == (
         "**Data (real):** rain at 2 stations. 2 files, sha256 `0123456789ab…`. public domain. [Source](https://x.org)."
     )
@@ -170,9 +172,9 @@ USW00012345  40.7789  -73.9692   42.7 NY SOMEWHERE                          CRN
 
 
 def test_all_stations_of_the_network_are_those_that_noaa_flags(cache):
-    put(cache, stations.LIST, LINES.encode(), "ghcnd")
+    put(cache, "ghcnd-stations.txt", LINES.encode(), "ghcnd")
     assert stations.resolve("all") == {"USC00116579": "Pana, IL", "USW00094728": "New York Cntrl Prk Twr, NY"}
-    put(cache, stations.LIST, b"<html>", "ghcnd")
+    put(cache, "ghcnd-stations.txt", b"<html>", "ghcnd")
     with pytest.raises(ValueError, match="expected NOAA's list"):
         stations.resolve("all")
 

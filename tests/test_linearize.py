@@ -46,9 +46,7 @@ def snapshot(net):
         "gradients": [None if p.grad is None else p.grad.clone() for p in net.parameters()],
         "trainable": [p.requires_grad for p in net.parameters()],
         "modes": [module.training for module in net.modules()],
-        "hooks": [
-            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in net.modules()
-        ],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in net.modules()],
         "rng": torch.get_rng_state(),
         "settings": (torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()),
     }

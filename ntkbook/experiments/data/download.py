@@ -31,11 +31,11 @@ BUSY = {429, 500, 502, 503, 504}
 
 @dataclass(frozen=True)
 class Job:
-    """One file to get: from `url` to `target`, with its sha256 where it is fixed and its size, about."""
+    """One file to get: from `url` to `target`, with its size, about, and its hash (pooch's form) where it is fixed."""
 
     url: str
     target: Path
-    sha256: str | None
+    hash: str | None
     size: int
 
 
@@ -94,7 +94,7 @@ def download(jobs: list[Job], root: Path, progress: bool = True) -> None:
         raise DownloadError(
             f"{len(failed)} of {len(jobs)} files could not be downloaded, the rest is kept in {root}. {some}"
             f"{'; ...' if len(failed) > 5 else ''}. Run it again to go on where it stopped, or get {first.url} "
-            f"(sha256: {first.sha256 or 'not fixed, the file changes upstream'}) and put it into {first.target.parent}",
+            f"(hash: {first.hash or 'not fixed, the file changes upstream'}) and put it into {first.target.parent}",
             failed,
         )
 
@@ -134,7 +134,7 @@ class Transfer:
             os.replace(part, output_file)
 
         take: Any = downloader  # pooch's own type for it names its arguments otherwise than pooch's documentation
-        pooch.retrieve(job.url, job.sha256, job.target.name, job.target.parent, downloader=take)
+        pooch.retrieve(job.url, job.hash, job.target.name, job.target.parent, downloader=take)
         return modified
 
     def _until_whole(self, job: Job, part: Path) -> str:

@@ -26,7 +26,9 @@ class DataSet:
         size: bytes a file, about (upstream files grow daily).
         licence: under which terms it may be used.
         citation: whom to cite.
-        sha256: file name -> hash, for the files that never change; what was got of the others is in the manifest.
+        files: the names of its files, where it has the same ones for everybody: what `fetch` gets.
+        hashes: file name -> sha256, or "md5:" and the md5, for the files that never change; what was got of the others
+            is in the manifest.
     """
 
     name: str
@@ -36,11 +38,12 @@ class DataSet:
     size: int
     licence: str
     citation: str
-    sha256: tuple[tuple[str, str], ...] = ()
+    files: tuple[str, ...] = ()
+    hashes: tuple[tuple[str, str], ...] = ()
 
     def known_hash(self, file: str) -> str | None:
-        """The sha256 that `file` must have, or None where upstream changes it."""
-        return dict(self.sha256).get(file)
+        """The hash that `file` must have, as pooch writes it, or None where upstream changes the file."""
+        return dict(self.hashes).get(file)
 
 
 GHCN_DAILY = (
@@ -74,6 +77,7 @@ REGISTRY: dict[str, DataSet] = {
             title="the list of all GHCN-Daily stations",
             url="https://www.ncei.noaa.gov/pub/data/ghcn/daily/{file}",
             folder="ghcnd",
+            files=("ghcnd-stations.txt",),
             size=11_400_000,
             licence="US government, public domain",
             citation=GHCN_DAILY,
@@ -86,7 +90,7 @@ REGISTRY: dict[str, DataSet] = {
             size=47_838,
             licence="NOAA, public domain",
             citation="NOAA National Centers for Environmental Information, by way of the vega_datasets package",
-            sha256=(("seattle-weather.csv", "62f0609f787158128aa2bd102967173a4953122dd4f872bf1d502cae1037df0b"),),
+            hashes=(("seattle-weather.csv", "62f0609f787158128aa2bd102967173a4953122dd4f872bf1d502cae1037df0b"),),
         ),
     )
 }
@@ -212,7 +216,7 @@ def _missing(dataset: DataSet, missing: list[str], wanted: int, data_dir: str | 
     also = "" if data_dir else f", or under {dataset.folder} in a folder that NTKBOOK_DATA names"
     return (
         f"{dataset.name}: {len(missing)} of {wanted} files are not on this machine ({', '.join(missing[:3])}"
-        f"{', ...' if len(missing) > 3 else ''}), and {why}. Get {dataset.url.format(file=first)} (sha256: "
+        f"{', ...' if len(missing) > 3 else ''}), and {why}. Get {dataset.url.format(file=first)} (hash: "
         f"{dataset.known_hash(first) or 'not fixed, the file changes upstream'}) and put it into {folder}{also}"
     )
 
@@ -244,16 +248,14 @@ def status() -> list[Status]:
 
 
 def _wanted(name: str, stations: str | list[str] | None, progress: bool) -> tuple[DataSet, list[str]]:
-    from .stations import LIST, resolve  # stations.py itself gets its list from here
+    from .stations import resolve  # stations.py itself gets its list from here
 
     if name not in REGISTRY:
         raise ValueError(f"expected one of the data sets {', '.join(REGISTRY)}; got {name!r}")
-    files: list[str] = []
+    dataset = REGISTRY[name]
     if name == "precipitation":
-        files = [f"{station}.csv.gz" for station in resolve(stations or "midwest", progress=progress)]
-    elif name == "stations":
-        files = [LIST]
-    return REGISTRY[name], files
+        return dataset, [f"{station}.csv.gz" for station in resolve(stations or "midwest", progress=progress)]
+    return dataset, list(dataset.files)
 
 
 def _status(name: str) -> Status:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from .sources import REGISTRY, obtain
 
-LIST = "ghcnd-stations.txt"
 NAMED = ("midwest", "few", "all")
 
 
@@ -51,7 +50,8 @@ def resolve(stations: str | Sequence[str], data_dir: str | Path | None = None, p
     if isinstance(stations, str) and stations == "few":
         return few()
     if isinstance(stations, str) and stations == "all":
-        return network(obtain(REGISTRY["stations"], [LIST], data_dir, progress)[LIST])
+        (path,) = obtain(REGISTRY["stations"], REGISTRY["stations"].files, data_dir, progress).values()
+        return network(path)
     ids = [stations] if isinstance(stations, str) else list(stations)
     wrong = [one for one in ids if not re.fullmatch(r"[A-Z]{2}[A-Z0-9_-]{9}", str(one))]
     if wrong or not ids:
