@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from tqdm.auto import tqdm
 
 from ntkbook.experiments.networks import split_last
+from ntkbook.likelihoods import Likelihood
 
 Nets = TypeVar("Nets", bound=nn.Module | Sequence[nn.Module])
 
@@ -35,14 +36,16 @@ def train(
     lr: float,
     epochs: int,
     momentum: float = 0.0,
+    decay_every: int | None = None,
     batch_size: int | None = None,
+    likelihood: Likelihood | None = None,
     seed: int | Sequence[int] = 0,
     only: str | Iterable[str] | None = None,
     on_divergence: str = "raise",
     progress: bool | None = None,
     description: str = "training",
 ) -> tuple[Nets, Float[Tensor, "*networks epochs"]]:
-    """Train copies of networks by SGD with momentum on the mean squared error (Appendix F's training).
+    """Train copies of networks by SGD with momentum (Appendix F's training), on the mean squared error or a likelihood.
 
     The update is that of `torch.optim.SGD(lr=lr, momentum=momentum)`. Every epoch goes through the points in a fresh
     random order; what is left over makes a last, smaller batch. The loss of a batch is the mean over its observed
@@ -51,10 +54,12 @@ def train(
     Args:
         nets: a network, or T of one architecture. They are not changed.
         x: inputs, (n, d) for all networks or (T, n, d). Data are converted to the networks' dtype and device.
-        y: targets, (n, o) for all networks or (T, n, o); NaN = not observed.
+        y: targets, (n, o) for all networks or (T, n, o); NaN = not observed. Integers are classes.
         lr: the learning rate.
         epochs: how often each network sees each point.
         momentum: SGD's momentum.
+        decay_every: divide the learning rate by 10 after every so many epochs; None keeps it.
+        likelihood: p(y | f) of one target a point, whose mean −log p(y | f) is the loss. None: the squared error.
         batch_size: points a step; None for all of them at once, which needs no order.
         seed: of the order of the points: one number a network, or one number from which all are derived.
         only: the parameters to train: "last" for the last layer's, or their names. None: all that require a gradient.
@@ -79,7 +84,10 @@ def train(
         raise ValueError(f'on_divergence must be "raise" or "mark", got {on_divergence!r}')
     template, count = originals[0], len(originals)
     like = next(template.parameters())
+    classes = not y.is_floating_point()
     x, y, observed = check_data(count, x.to(like), y.to(like))
+    if likelihood is not None and y.shape[-1] != 1:
+        raise ValueError(f"y must have one target a point, (n, 1) or (T, n, 1), for a likelihood, got {tuple(y.shape)}")
     n = x.shape[1]
     batch_size = n if batch_size is None else min(batch_size, n)
     generators = _generators(seed, count)
@@ -90,7 +98,10 @@ def train(
     fixed = {name: p.detach() for name, p in parameters.items() if name not in trained} | buffers
 
     def batch_loss(trained, fixed, x, y, weight):
-        return (weight * (functional_call(template, trained | fixed, (x,)) - y).square()).sum()
+        f = functional_call(template, trained | fixed, (x,))
+        if likelihood is None:
+            return (weight * (f - y).square()).sum()
+        return -(weight[:, 0] * likelihood.log_prob(f, y[:, 0].long() if classes else y)).sum()
 
     gradient = vmap(grad_and_value(batch_loss))
     velocity = {name: torch.zeros_like(p) for name, p in trained.items()}
@@ -99,6 +110,7 @@ def train(
     total = observed.sum((1, 2), dtype=like.dtype)
     bar = tqdm(range(epochs), desc=description, unit="epoch", disable=None if progress is None else not progress)
     for epoch in bar:
+        rate = lr / 10 ** (epoch // (decay_every or epochs))
         x_epoch, y_epoch, seen = x, y, observed
         if batch_size < n:
             order = torch.stack([torch.randperm(n, generator=g) for g in generators]).to(x.device)
@@ -110,7 +122,7 @@ def train(
             gradients, value = gradient(trained, fixed, batch[0], batch[1], weight)
             for name, parameter in trained.items():
                 velocity[name].mul_(momentum).add_(gradients[name])
-                parameter.sub_(velocity[name], alpha=lr)
+                parameter.sub_(velocity[name], alpha=rate)
             summed += value * counted
         loss[:, epoch] = summed / total
         if on_divergence == "raise" and not loss[:, epoch].isfinite().all():
