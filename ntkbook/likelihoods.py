@@ -206,6 +206,12 @@ class HeteroscedasticGaussian(_Diagonal):
             raise ValueError(f"floor: expected a positive, finite variance, got {floor}.")
         self.floor = floor
 
+    def moments(self, f: Float[Tensor, "n 2"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """Mean and variance of y for each example."""
+        self._check(f)
+        mean, variance = self._moments(f)
+        return mean[:, 0], variance[:, 0]
+
     def _moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
         # torch's softplus leaves out log1p(e⁻ˢ) beyond s = 20, an error of 1e-10 in float64; this one is exact.
         return f[:, :1], self.floor - logsigmoid(-f[:, 1:])

@@ -9,6 +9,7 @@ from torch import nn
 
 from ntkbook.experiments.networks import mlp
 from ntkbook.experiments.training import DivergenceError, train
+from ntkbook.likelihoods import Categorical, HeteroscedasticGaussian
 
 
 def slow_train(net, x, y, *, lr, epochs, momentum, batch_size, seed, names=None):
@@ -80,6 +81,44 @@ def test_in_a_full_batch_a_missing_target_is_a_point_left_out():
     alone, loss_alone = train(nets[1], x[1, :4], y[1, :4], **settings)
     assert_same(trained[1], alone)
     torch.testing.assert_close(loss[1], loss_alone, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("likelihood", [HeteroscedasticGaussian(), Categorical()])
+def test_likelihoods_and_decaying_steps_are_those_of_plain_sgd(likelihood):
+    nets, x, y = tasks(outputs=2)
+    y = (y[..., :1] > 0).long() if isinstance(likelihood, Categorical) else y[..., :1]
+    settings = {"lr": 3e-3, "momentum": 0.9, "epochs": 25, "batch_size": 4}
+    trained, loss = train(nets, x, y, seed=[5, 6, 7], likelihood=likelihood, decay_every=10, **settings)
+    for t, start in enumerate(nets):
+        net, generator = copy.deepcopy(start), torch.Generator().manual_seed(5 + t)
+        optimiser = torch.optim.SGD(net.parameters(), lr=3e-3, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.StepLR(optimiser, step_size=10, gamma=0.1)
+        for _ in range(25):
+            summed = 0.0
+            for batch in torch.randperm(10, generator=generator).split(4):
+                f, target = net(x[t, batch]), y[t, batch, 0]
+                if isinstance(likelihood, Categorical):
+                    value = nn.functional.cross_entropy(f, target)
+                else:
+                    variance = 1e-5 + nn.functional.softplus(f[:, 1])
+                    log_p = torch.distributions.Normal(f[:, 0], variance.sqrt()).log_prob(target)
+                    value = -log_p.mean()
+                optimiser.zero_grad()
+                value.backward()
+                optimiser.step()
+                summed += value.item() * len(batch)
+            schedule.step()
+        assert_same(trained[t], net)
+        assert loss[t, -1].item() == pytest.approx(summed / 10, rel=1e-12)
+
+
+def test_with_a_likelihood_too_a_missing_target_is_a_point_left_out():
+    nets, x, y = tasks(outputs=2)
+    settings = {**SETTINGS, "batch_size": None, "likelihood": HeteroscedasticGaussian()}
+    y = y[..., :1].clone()
+    y[1, 4:] = torch.nan
+    trained, _ = train(nets, x, y, **settings)
+    assert_same(trained[1], train(nets[1], x[1, :4], y[1, :4], **settings)[0])
 
 
 def test_loss_history_is_the_mean_over_an_epoch():

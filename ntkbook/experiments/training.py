@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Real
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.nn.modules.batchnorm import _NormBase
@@ -31,7 +31,7 @@ class DivergenceError(ArithmeticError):
 def train(
     nets: Nets,
     x: Float[Tensor, "*tasks n d"],
-    y: Float[Tensor, "*others n o"],
+    y: Real[Tensor, "*others n o"],
     *,
     lr: float,
     epochs: int,
