@@ -10,8 +10,30 @@ if TYPE_CHECKING:
     from ntkbook.kernel import NTKKernel
     from ntkbook.linearize import Linearization
     from ntkbook.posterior import Posterior
+    from ntkbook.similarity import (
+        by_layer,
+        cosine_by_layer,
+        cosine_similarity,
+        empirical_fisher_diagonal,
+        fisher_diagonal,
+        jacobian_diagonal,
+    )
 
-__all__ = ["NTKGP", "ConvergenceWarning", "Iterative", "Linearization", "NTKKernel", "Posterior", "Report"]
+__all__ = [
+    "NTKGP",
+    "ConvergenceWarning",
+    "Iterative",
+    "Linearization",
+    "NTKKernel",
+    "Posterior",
+    "Report",
+    "by_layer",
+    "cosine_by_layer",
+    "cosine_similarity",
+    "empirical_fisher_diagonal",
+    "fisher_diagonal",
+    "jacobian_diagonal",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -22,6 +44,12 @@ _HOMES = {
     "NTKKernel": "kernel",
     "Posterior": "posterior",
     "Report": "iterative",
+    "by_layer": "similarity",
+    "cosine_by_layer": "similarity",
+    "cosine_similarity": "similarity",
+    "empirical_fisher_diagonal": "similarity",
+    "fisher_diagonal": "similarity",
+    "jacobian_diagonal": "similarity",
 }
 
 # linear_operator compiles a function at import in a way that torch 2.15 warns about: nothing its users can mend.

@@ -19,12 +19,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Call = Callable[[Mapping[str, Tensor], Tensor], Float[Tensor, "n o"]]
+LINEAR: Mapping[type[nn.Module], int] = {nn.Linear: 2}
+"""The modules with a rule for Gram matrices, and how many dimensions their inputs have under it."""
 
 
 class Layer(NamedTuple):
-    """A Linear layer, and which of its parameters the Jacobian is taken with respect to."""
+    """A Linear layer (or a convolution, for `similarity`), and which of its parameters are linearised in."""
 
-    module: nn.Linear
+    module: nn.Linear | nn.Conv2d
     weight: bool
     bias: bool
 
@@ -33,28 +35,36 @@ class LayerFeatures(NamedTuple):
     """What a layer contributes to the Jacobian: its inputs A and the outputs' derivatives D."""
 
     layer: Layer
-    inputs: Float[Tensor, "n i"]
-    derivatives: Float[Tensor, "n o z"]
+    inputs: Float[Tensor, "n *i"]
+    derivatives: Float[Tensor, "n o *z"]
 
 
 Features = list[LayerFeatures] | Float[Tensor, "n o p"]
 """What a chunk of examples contributes: its layers' features, or its Jacobian's rows where no layer rule applies."""
 
 
-def find_layers(net: nn.Module, call: Call, params: Mapping[str, Tensor], example: Tensor) -> list[Layer] | None:
-    """The Linear layers that hold `params`, or None where the layer rule does not apply.
+def find_layers(
+    net: nn.Module,
+    call: Call,
+    params: Mapping[str, Tensor],
+    example: Tensor,
+    kinds: Mapping[type[nn.Module], int] = LINEAR,
+) -> list[Layer] | None:
+    """The layers of these kinds that hold `params`, or None where the layer rule does not apply.
 
-    It applies when every parameter belongs to a plain Linear that runs at most once, on one vector per example,
-    and when nothing else reads its weights. The last is read off the autograd graph of `call` on one example:
-    each parameter must enter it exactly once, which a tied or functionally used weight does not.
+    It applies when every parameter belongs to a plain Linear that runs at most once, on one vector per example
+    (another kind: on one input of so many dimensions, the batch's among them), and when nothing else reads its
+    weights. The last is read off the autograd graph of `call` on one example: each parameter must enter it exactly
+    once, which a tied or functionally used weight does not.
     """
     layers: list[Layer] = []
-    names: dict[str, nn.Linear] = {}
+    names: dict[str, nn.Module] = {}
     for name, module in net.named_modules():
         own = {kind: f"{name}.{kind}" if name else kind for kind in ("weight", "bias")}
         used = {kind: own[kind] for kind in own if own[kind] in params}
         touched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        if used and type(module) is nn.Linear and not touched:
+        if used and type(module) in kinds and not touched:
+            assert isinstance(module, nn.Linear | nn.Conv2d)
             layers.append(Layer(module, "weight" in used, "bias" in used))
             names.update(dict.fromkeys(used.values(), module))
     if names.keys() != params.keys():
@@ -67,7 +77,7 @@ def find_layers(net: nn.Module, call: Call, params: Mapping[str, Tensor], exampl
         nonlocal regular
         regular &= id(module) not in calls and len(args) == 1
         if regular:
-            regular = args[0].ndim == 2 and len(args[0]) == len(example)
+            regular = args[0].ndim == kinds[type(module)] and len(args[0]) == len(example)
             calls[id(module)] = args[0], args[0]._version
 
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
@@ -82,10 +92,16 @@ def find_layers(net: nn.Module, call: Call, params: Mapping[str, Tensor], exampl
 
 
 def layer_features(
-    call: Call, layers: list[Layer], params: Mapping[str, Tensor], x: Tensor, output: int | None
+    call: Call,
+    layers: list[Layer],
+    params: Mapping[str, Tensor],
+    x: Tensor,
+    output: int | None = None,
+    directions: Callable[[Float[Tensor, "n o"]], Float[Tensor, "k n o"]] | None = None,
 ) -> list[LayerFeatures]:
     """Run the network on x (n, ...) and return each layer's inputs and derivatives, of all outputs or of one.
 
+    With `directions`, a function of the outputs f, the derivatives are those of the k products of f with its value.
     Differentiable in x if x requires a gradient.
     """
     differentiable = x.requires_grad and torch.is_grad_enabled()
@@ -99,17 +115,15 @@ def layer_features(
 
     with torch.enable_grad(), _hooks([layer.module for layer in layers], tap):
         f = call(params, x)
-        chosen = range(f.shape[1]) if output is None else [output]
-        basis = f.new_zeros(len(chosen), *f.shape)
-        for row, c in enumerate(chosen):
-            basis[row, :, c] = 1
+        basis = directions(f.detach()) if directions else _units(f, output)
+        k = len(basis)
         wanted = [shifts[id(layer.module)] for layer in layers]
         if f.requires_grad:
             derivatives = torch.autograd.grad(
                 f,
                 wanted,
-                basis if len(chosen) > 1 else basis[0],
-                is_grads_batched=len(chosen) > 1,
+                basis if k > 1 else basis[0],
+                is_grads_batched=k > 1,
                 create_graph=differentiable,
                 allow_unused=True,
             )
@@ -119,7 +133,7 @@ def layer_features(
     features = []
     for layer, z, d in zip(layers, wanted, derivatives):
         a = inputs[id(layer.module)]
-        d = z.new_zeros(len(chosen), *z.shape) if d is None else d.reshape(len(chosen), *z.shape)
+        d = z.new_zeros(k, *z.shape) if d is None else d.reshape(k, *z.shape)
         features.append(LayerFeatures(layer, a if differentiable else a.detach(), d.transpose(0, 1)))
     return features
 
@@ -159,6 +173,12 @@ def gram_diagonal(features: Features) -> Float[Tensor, "n o"]:
         squares = a.square().sum(1) * layer.weight + layer.bias
         total = total + d.square().sum(2) * squares[:, None]
     return total
+
+
+def _units(f: Float[Tensor, "n o"], output: int | None) -> Float[Tensor, "k n o"]:
+    """Every output alone, or one."""
+    units = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)[:, None].expand(-1, len(f), -1)
+    return units if output is None else units[output, None]
 
 
 @contextmanager

@@ -227,7 +227,8 @@ class Linearization(FunctionalNetwork):
             kept = o * self.num_params * itemsize
             features = partial(self._jacobian_chunk, output=output)
         else:
-            kept = sum(layer.module.in_features + o * layer.module.out_features for layer in layers) * itemsize
+            sizes = [layer.module.weight.shape for layer in layers]
+            kept = sum(inputs + o * outputs for outputs, inputs in sizes) * itemsize
             size = self._size(n, 2 * memory + kept)
             if self.chunk_size is None:  # the products of two chunks are (size·o)² numbers
                 size = min(size, max(1, int((working_memory(x.device) / (4 * itemsize)) ** 0.5) // o))

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 
-def ntkbook(*arguments, cwd, code="from ntkbook.publish.cli import main; main()"):
+def ntkbook(*arguments, cwd, code="from ntkbook.publish.cli import main; main()", **environment):
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, check=False,
-        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **environment},
     )  # fmt: skip
 
 
@@ -52,6 +52,16 @@ def test_data_status_needs_no_network(toybook):
     done = ntkbook("data", "status", cwd=toybook)
     assert done.returncode == 0, done.stderr
     assert "precipitation" in done.stdout
+    assert {"mnist", "kmnist", "fashionmnist", "digits"} <= {line.split()[0] for line in done.stdout.splitlines()}
+
+
+def test_data_fetch_offline_names_address_and_folder(toybook, tmp_path):
+    empty = {"NTKBOOK_OFFLINE": "1", "NTKBOOK_DATA": "", "XDG_CACHE_HOME": str(tmp_path)}
+    done = ntkbook("data", "fetch", "kmnist", cwd=toybook, **empty)
+    if sys.platform == "linux":  # where XDG_CACHE_HOME says where the cache is
+        assert done.returncode == 1
+        assert "kmnist: 2 of 2 files are not on this machine" in done.stderr
+        assert "md5:5c965bf0a639b31b8f53240b1b52f4d7" in done.stderr
 
 
 def test_without_the_book_extra_it_says_what_to_install(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import os
+import re
 import subprocess
 
 import pytest
@@ -38,7 +39,7 @@ def test_the_registry_is_complete():
         assert entry.title
         assert entry.licence
         assert entry.citation
-        assert all(len(sha256) == 64 for _, sha256 in entry.hashes)
+        assert all(re.fullmatch(r"[0-9a-f]{64}|md5:[0-9a-f]{32}", known) for _, known in entry.hashes)
 
 
 def test_the_data_folder_comes_before_the_cache(cache, tmp_path, monkeypatch):

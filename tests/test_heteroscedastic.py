@@ -59,14 +59,12 @@ def test_the_kernel_with_the_networks_own_noise_is_the_dense_formula(prior):
     torch.testing.assert_close(got.variance[0], latent + variance(one(STAR)), rtol=1e-10, atol=1e-12)
 
 
-def test_divergence_is_a_loss_above_that_of_the_best_constant():
-    y = torch.stack([Y, 3 * Y])[..., None]
-    best = [-torch.distributions.Normal(t.mean(), t.std(correction=0)).log_prob(t).mean() for t in y]
-    assert best[0] == pytest.approx(0.5 * math.log(2 * math.pi * math.e * float(Y.var(correction=0))))
-    for shift, wanted in ((-1e-9, False), (1e-9, True), (math.nan, True), (math.inf, True)):
-        loss = torch.stack([torch.tensor([-9.0, float(b) + shift], dtype=torch.float64) for b in best])
-        assert diverged(loss, y).tolist() == [wanted, wanted]
-        assert diverged(loss[1], y[1]).item() is wanted
+def test_divergence_is_a_loss_that_ends_no_lower_than_it_began():
+    loss = torch.tensor(
+        [[1.0, 9.0, 0.9], [1.0, 0.1, 1.0], [1.0, 0.5, math.nan], [1.0, 2.0, math.inf], [math.nan, 1, 1]]
+    )
+    assert diverged(loss).tolist() == [False, True, True, True, True]
+    assert not diverged(loss[0])
 
 
 def nll(last, phi, y):

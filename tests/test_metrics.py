@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ntkbook.experiments.metrics import coverage, nll, paired, rmse
+from ntkbook.experiments.metrics import between, coverage, nll, paired, rmse
 
 
 @pytest.fixture
@@ -102,3 +102,33 @@ def test_paired_refuses_what_it_cannot_judge():
         paired(torch.tensor([1.0]))
     with pytest.raises(ValueError, match=r"differences \[1\] of 3 are not finite"):
         paired(torch.tensor([1.0, torch.nan, 2.0]))
+
+
+def test_between_is_the_mean_over_pairs_with_the_textbook_jackknife():
+    values = torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    values.fill_diagonal_(1e6)  # left out
+
+    def mean(chosen):
+        return sum(values[i, j] for i in chosen for j in chosen if i != j) / (len(chosen) * (len(chosen) - 1))
+
+    everyone = list(range(6))
+    without = torch.stack([mean([j for j in everyone if j != i]) for i in everyone])
+    error = (5 / 6 * (without - without.mean()).square().sum()).sqrt()
+    got = between(values)
+    assert got.mean == pytest.approx(float(mean(everyone)), rel=1e-12)
+    assert got.standard_error == pytest.approx(float(error), rel=1e-12)
+    assert got.n == 6
+    with pytest.raises(ValueError, match="at least three"):
+        between(values[:2, :2])
+
+
+def test_the_jackknife_interval_holds_the_mean_as_often_as_it_says():
+    # Seed effects on both sides: pairs that share a seed are alike, which an interval over all pairs would ignore.
+    generator = torch.Generator().manual_seed(2)
+    inside = 0
+    for _ in range(1000):
+        rows, columns = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+        values = rows[:, None] + columns + 0.3 * torch.randn(8, 8, generator=generator, dtype=torch.float64)
+        got = between(values)
+        inside += got.low <= 0 <= got.high
+    assert 925 <= inside <= 975  # of 1000 at 95 %: 3.6 standard errors

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ntkbook.experiments.networks import ACTIVATIONS, mlp, split_last
+from ntkbook.experiments.networks import ACTIVATIONS, lenet3, mlp, split_last
 
 
 def test_mlp_is_what_pytorch_makes_after_manual_seed():
@@ -56,3 +56,37 @@ def test_split_last_shares_the_parameters():
 def test_split_last_needs_a_last_linear_layer(net):
     with pytest.raises(TypeError, match=r"nn.Sequential\(features, nn.Linear"):
         split_last(net)
+
+
+def test_lenet3_is_two_convolutions_and_a_linear_layer_as_pytorch_makes_them():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        expected = [nn.Conv2d(1, 6, 5), nn.Conv2d(6, 16, 5), nn.Linear(256, 10)]
+    net = lenet3(seed=3)
+    layers = [module for module in net if list(module.parameters())]
+    assert [str(layer) for layer in layers] == [str(layer) for layer in expected]
+    for layer, other in zip(layers, expected):
+        assert torch.equal(layer.weight, other.weight)
+        assert torch.equal(layer.bias, other.bias)
+    assert sum(parameter.numel() for parameter in net.parameters()) == 5142
+
+
+def test_lenet3_computes_what_its_layers_do():
+    net, x = lenet3(3, seed=1, dtype=torch.float64), torch.rand(4, 784, dtype=torch.float64)
+    z = x.view(4, 1, 28, 28)
+    for i in (1, 4):
+        z = nn.functional.max_pool2d(nn.functional.conv2d(z, net[i].weight, net[i].bias).relu(), 2)
+    torch.testing.assert_close(net(x), z.flatten(1) @ net[-1].weight.T + net[-1].bias, rtol=1e-12, atol=1e-12)
+
+
+def test_lenet3s_seed_and_the_global_random_state():
+    before = torch.get_rng_state()
+    single, double, other = lenet3(seed=7), lenet3(seed=7, dtype=torch.float64), lenet3(seed=8)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a.double(), b) for a, b in zip(single.parameters(), double.parameters()))
+    assert not torch.equal(single[1].weight, other[1].weight)
+
+
+def test_lenet3_needs_an_output():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        lenet3(0)

@@ -99,6 +99,25 @@ def paired(differences: Float[Tensor, "n"], level: float = 0.95) -> Paired:
     return Paired(mean, sd, standard_error, mean - half, mean + half, n, level)
 
 
+def between(values: Float[Tensor, "n n"], level: float = 0.95) -> Paired:
+    """Mean over pairs of different seeds, of something measured for seed i on one side and seed j on the other.
+
+    Each seed is in many pairs, so the interval is the jackknife's: Student's t-interval of the n pseudo-values. The
+    diagonal, where both sides have the same seed, is left out.
+
+    Raises:
+        ValueError: as `paired`; fewer than three seeds, which leave no pair when one is left out.
+    """
+    n = len(values)
+    if n < 3:
+        raise ValueError(f"pairs of different seeds need at least three of them for an interval, got {n}")
+    values = values.detach().double().cpu()
+    off = values.masked_fill(torch.eye(n, dtype=torch.bool), 0)
+    total, own = off.sum(), off.sum(0) + off.sum(1)
+    without = (total - own) / ((n - 1) * (n - 2))
+    return paired(total / (n - 1) - (n - 1) * without, level)
+
+
 def _mean_observed(values: Float[Tensor, "*tasks m"], y: Float[Tensor, "*tasks m"]) -> Float[Tensor, "*tasks"]:
     observed = ~y.isnan()
     return torch.where(observed, values, 0).sum(-1) / observed.sum(-1)

@@ -1,6 +1,7 @@
 """The networks of the experiments."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -45,11 +46,46 @@ def mlp(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     layers: list[nn.Module] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
+    with _seeded(seed):
         for inputs, outputs in pairwise(sizes):
             layers += [nn.Linear(inputs, outputs, device="cpu", dtype=torch.float32), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1]).to(device=device, dtype=dtype)
+
+
+def lenet3(
+    outputs: int = 10,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> nn.Sequential:
+    """A LeNet with three layers of weights for 28 x 28 images, given flat, (n, 784): 5,142 parameters with 10 outputs.
+
+    The talk names "LeNet3" and does not define it. This is our definition: LeNet-5's two convolutions (6 and 16 of
+    5 x 5), each followed by a maximum over 2 x 2, and one linear layer in place of its three; ReLU, no padding, and
+    PyTorch's default initialisation.
+
+    Args:
+        outputs: classes, or whatever the outputs stand for.
+        seed, dtype, device: as for `mlp`.
+
+    Raises:
+        ValueError: no outputs.
+    """
+    if outputs < 1:
+        raise ValueError(f"outputs must be at least 1, got {outputs}")
+    with _seeded(seed):
+        first, second, last = (
+            nn.Conv2d(1, 6, 5, device="cpu", dtype=torch.float32),
+            nn.Conv2d(6, 16, 5, device="cpu", dtype=torch.float32),
+            nn.Linear(256, outputs, device="cpu", dtype=torch.float32),
+        )
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        first, nn.ReLU(), nn.MaxPool2d(2),
+        second, nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), last,
+    ).to(device=device, dtype=dtype)  # fmt: skip
 
 
 def split_last(net: nn.Module) -> tuple[nn.Sequential, nn.Linear]:
@@ -65,3 +101,11 @@ def split_last(net: nn.Module) -> tuple[nn.Sequential, nn.Linear]:
             f"{type(net).__name__}: wrap the network as nn.Sequential(features, nn.Linear(...))"
         )
     return net[:-1], last
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The global random state set by `seed` inside, and afterwards as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
+        yield

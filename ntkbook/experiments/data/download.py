@@ -154,6 +154,8 @@ class Transfer:
         _tag(part).unlink(missing_ok=True)
         if job.target.suffix == ".gz":
             _check_gzip(part)
+        if job.target.suffix == ".tif":
+            _check_tiff(part)
         return modified
 
     def _attempt(self, job: Job, part: Path) -> str:
@@ -212,3 +214,12 @@ def _check_gzip(part: Path) -> None:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         part.unlink()
         raise _TransferError(f"what came is no whole gzip file ({error})") from error
+
+
+def _check_tiff(part: Path) -> None:
+    """Removes what does not begin as a TIFF file does, such as a map server's page that says what went wrong."""
+    with part.open("rb") as file:
+        start = file.read(4)
+    if start not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        part.unlink()
+        raise _TransferError(f"what came is no TIFF file (it begins with {start!r})")

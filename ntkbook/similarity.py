@@ -1,0 +1,250 @@
+"""How alike the Jacobians of two tasks are: diagonals of their Fisher and Gram matrices, and the cosine between them.
+
+All diagonals are exact, of one form: of the mean over examples of Jᵀ U Uᵀ J, J (o, p) an example's Jacobian. U is a
+root of the likelihood's H for the Fisher matrix, the gradient of log p(y | f) for the empirical one, 1 for JᵀJ.
+Entry j is thus the mean of the squared j-th entries of the gradients Jᵀu, u a column of U. A Linear layer that runs
+once per example, on a vector a, has ∂/∂W of f·u = d aᵀ, whose squares summed over examples are (D²)ᵀ A²: no
+example's gradient is formed. A convolution's are formed, for that layer alone, by one product of matrices an example.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import grad, vjp, vmap
+
+from ntkbook.checks import explained, outside_inference_mode
+from ntkbook.gram import LINEAR, Layer, LayerFeatures, find_layers, layer_features
+from ntkbook.likelihoods import Likelihood, get_likelihood
+from ntkbook.linearize import Linearization
+
+Directions = Callable[[Float[Tensor, "n o"], Tensor | None], Float[Tensor, "r n o"]]
+KINDS: Mapping[type[nn.Module], int] = {**LINEAR, nn.Conv2d: 4}
+
+
+def fisher_diagonal(
+    net: nn.Module | Linearization,
+    x: Tensor,
+    likelihood: str | Likelihood = "categorical",
+    *,
+    chunk_size: int | None = None,
+) -> Float[Tensor, " p"]:
+    """The diagonal of the Fisher matrix, the mean over examples of Jᵀ H J (Section 2.2 of the paper).
+
+    The true Fisher: the expectation over p(y | f) in closed form, no labels and no sampling.
+
+    Args:
+        net: a network, in its parameters with `requires_grad`, or a linearisation, in whatever it linearises in.
+        x: inputs (n, ...), as for `Linearization`.
+        likelihood: p(y | f), by its name in `ntkbook.likelihoods.LIKELIHOODS`, or an instance. One name is one set of
+            arguments: "gaussian" has noise 1.
+        chunk_size: examples at a time; the linearisation's, or from the machine's memory, unless given. No result
+            depends on it beyond rounding.
+
+    Returns:
+        (p,), in the order of the Jacobian's columns and the network's dtype, a constant: no gradient flows to x. Sums
+        over examples are taken in float64.
+
+    Raises:
+        ValueError, NotImplementedError: as `Linearization`, for inputs or a network that it cannot work with; an
+            unknown likelihood, or one for another number of outputs.
+    """
+    likelihood = get_likelihood(likelihood)
+    return _mean_squares(_linearised(net), x, None, lambda f, _: likelihood.root(f).permute(2, 0, 1), None, chunk_size)
+
+
+def empirical_fisher_diagonal(
+    net: nn.Module | Linearization,
+    x: Tensor,
+    y: Tensor,
+    likelihood: str | Likelihood = "categorical",
+    *,
+    chunk_size: int | None = None,
+) -> Float[Tensor, " p"]:
+    """The diagonal of the empirical Fisher matrix: the mean over examples of the squared gradients of log p(y | f).
+
+    It takes the labels there are in place of an expectation over p(y | f), and vanishes where they are fitted.
+
+    Args:
+        net, x, likelihood, chunk_size: as for `fisher_diagonal`.
+        y: labels or targets, as `Likelihood.log_prob` takes them: (n,) classes for "categorical".
+
+    Returns: as `fisher_diagonal`.
+
+    Raises:
+        ValueError: also for a y of another length than x, or with values that p(y | f) cannot take.
+    """
+    likelihood = get_likelihood(likelihood)
+    if len(y) != len(x):
+        raise ValueError(f"y: expected {len(x)} of them, as many as inputs x; got {len(y)}.")
+    return _mean_squares(
+        _linearised(net), x, y, lambda f, y: grad(lambda f: likelihood.log_prob(f, y).sum())(f)[None], 1, chunk_size
+    )
+
+
+def jacobian_diagonal(
+    net: nn.Module | Linearization, x: Tensor, *, chunk_size: int | None = None
+) -> Float[Tensor, " p"]:
+    """The diagonal of JᵀJ / n, the mean over examples of squared derivatives, summed over all outputs (H = 1).
+
+    Arguments, result and errors as for `fisher_diagonal`.
+    """
+
+    def units(f: Tensor, _: Tensor | None) -> Tensor:
+        return torch.eye(f.shape[1], dtype=f.dtype, device=f.device)[:, None].expand(-1, len(f), -1)
+
+    return _mean_squares(_linearised(net), x, None, units, None, chunk_size)
+
+
+def cosine_similarity(a: Float[Tensor, " p"], b: Float[Tensor, " p"]) -> float:
+    """aᵀb / (‖a‖ ‖b‖), from −1 to 1, computed in float64.
+
+    Diagonals are nowhere negative, so theirs is 0 to 1, and 0 only where no entry is positive in both. How large a
+    value means nothing is for a baseline to say: two networks of one task.
+
+    Raises:
+        ValueError: NaN or infinite entries; a vector of zeros, which has no direction.
+    """
+    for name, v in (("a", a), ("b", b)):
+        if not v.isfinite().all():
+            raise ValueError(f"{name}: expected finite entries, got {int((~v.isfinite()).sum())} others.")
+        if not v.any():
+            raise ValueError(f"{name}: all {len(v)} entries are zero, so it has no direction.")
+    one, other = (v.double() / v.abs().max().double() for v in (a, b))  # so that no square underflows
+    cosine = (one @ other) / (one.norm() * other.norm())
+    return min(1.0, max(-1.0, cosine.item()))
+
+
+def by_layer(net: nn.Module | Linearization, v: Float[Tensor, " p"]) -> dict[str, Float[Tensor, " q"]]:
+    """A vector like the parameters in parts, one a module that has parameters of its own, weight and bias together.
+
+    The keys are the modules' names, "" for the network itself.
+
+    Raises:
+        ValueError: v is not (p,).
+    """
+    lin = _linearised(net)
+    if v.shape != (lin.num_params,):
+        raise ValueError(f"v: expected ({lin.num_params},), one entry a parameter, got {tuple(v.shape)}.")
+    parts: dict[str, list[Tensor]] = {}
+    for name, part in lin.unflatten(v).items():
+        parts.setdefault(name.rpartition(".")[0], []).append(part.reshape(-1))
+    return {name: torch.cat(part) for name, part in parts.items()}
+
+
+def cosine_by_layer(net: nn.Module | Linearization, a: Float[Tensor, " p"], b: Float[Tensor, " p"]) -> dict[str, float]:
+    """`cosine_similarity` of each of the parts of `by_layer`.
+
+    Raises:
+        ValueError: as those two, with the layer's name.
+    """
+    cosines = {}
+    for (name, one), other in zip(by_layer(net, a).items(), by_layer(net, b).values()):
+        try:
+            cosines[name] = cosine_similarity(one, other)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+    return cosines
+
+
+# ------------------------------------------------------------------ inside
+
+
+def _linearised(net: nn.Module | Linearization) -> Linearization:
+    return net if isinstance(net, Linearization) else Linearization(net)
+
+
+@outside_inference_mode
+def _mean_squares(
+    lin: Linearization,
+    x: Tensor,
+    y: Tensor | None,
+    directions: Directions,
+    rows: int | None,
+    chunk_size: int | None,
+) -> Float[Tensor, " p"]:
+    """The mean over examples of (Jᵀu)², summed over the directions u of each: `rows` of them, or one an output."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: expected a positive number of examples, got {chunk_size}.")
+    o, memory = lin._inspect(x)
+    layers = find_layers(lin.net, lin._call, lin.params, x[:1].detach(), KINDS)
+    if layers is not None and not all(_has_rule(layer.module) for layer in layers):
+        layers = None
+    totals = {name: torch.zeros_like(value, dtype=torch.double) for name, value in lin.params.items()}
+    nbytes = _bytes(lin, layers, o if rows is None else rows, memory)
+    if x.device.type == "cpu":
+        nbytes *= 4  # a quarter of the memory at a time stays nearer the caches: LeNet3 took half the time
+    size = chunk_size or lin._size(len(x), nbytes)
+    with torch.no_grad():
+        for start in range(0, len(x), size):
+            part = x[start : start + size].detach()
+            targets = None if y is None else y[start : start + size]
+            ahead = lambda f, targets=targets: directions(f, targets)  # noqa: E731
+            squares = _by_layers(lin, layers, part, ahead) if layers else _by_examples(lin, part, ahead)
+            for name, square in squares:
+                totals[name] += square.view_as(totals[name])
+    return lin.flatten(totals).div(len(x)).to(lin.dtype)
+
+
+def _by_examples(lin: Linearization, x: Tensor, directions: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Parameter name -> sum over examples and directions of squares, for any network: every gradient is formed."""
+
+    def squares(example: Tensor, u: Float[Tensor, "r o"]) -> dict[str, Tensor]:
+        pull = vjp(lambda p: lin._call(p, example[None])[0], lin.params)[1]
+        gradients = vmap(lambda one: pull(one)[0])(u)
+        return {name: gradient.square().sum(0) for name, gradient in gradients.items()}
+
+    with explained("diagonal"):
+        found = vmap(squares, in_dims=(0, 1))(x, directions(lin._call(lin.params, x)))
+    for name, square in found.items():
+        yield name, square.sum(0, dtype=torch.double)
+
+
+def _by_layers(
+    lin: Linearization, layers: list[Layer], x: Tensor, directions: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The same, where every parameter belongs to a Linear or Conv2d that runs once an example."""
+    names = {id(module): f"{name}." if name else "" for name, module in lin.net.named_modules()}
+    for feature in layer_features(lin._call, layers, lin.params, x, directions=directions):
+        weight, bias = (_convolution if isinstance(feature.layer.module, nn.Conv2d) else _linear)(feature)
+        if feature.layer.weight:
+            yield f"{names[id(feature.layer.module)]}weight", weight
+        if feature.layer.bias:
+            yield f"{names[id(feature.layer.module)]}bias", bias
+
+
+def _linear(feature: LayerFeatures) -> tuple[Tensor, Tensor]:
+    _, a, d = feature
+    squares = d.square().sum(1, dtype=torch.double)
+    return squares.T @ a.square().double(), squares.sum(0)
+
+
+def _convolution(feature: LayerFeatures) -> tuple[Tensor, Tensor]:
+    """∂/∂W of an example and direction is the sum over places of d (out) times the patch there (in · kernel)."""
+    (module, *_), a, d = feature
+    assert isinstance(module, nn.Conv2d)
+    patches = nn.functional.unfold(a, module.kernel_size, module.dilation, module.padding, module.stride)  # pyright: ignore[reportArgumentType]
+    n, r, out, *_ = d.shape
+    d = d.reshape(n, r * out, -1)
+    weight, bias = (
+        gradient.square_().sum(0, dtype=torch.double).view(r, out, -1).sum(0)
+        for gradient in (d @ patches.mT, d.sum(-1))
+    )
+    return weight, bias
+
+
+def _has_rule(module: nn.Linear | nn.Conv2d) -> bool:
+    plain = isinstance(module, nn.Linear) or (module.groups == 1 and module.padding_mode == "zeros")
+    return plain and not isinstance(getattr(module, "padding", 0), str)
+
+
+def _bytes(lin: Linearization, layers: list[Layer] | None, rows: int, memory: int) -> int:
+    """Working memory of one example: a pass forward, `rows` backward, and the gradients that are formed."""
+    passes, itemsize = 2 * (rows + 1) * memory, lin.dtype.itemsize
+    if layers is None:
+        return passes + (2 * rows + 1) * lin.num_params * itemsize
+    convolutions = [layer.module for layer in layers if isinstance(layer.module, nn.Conv2d)]
+    gradients = max((rows * module.weight.numel() for module in convolutions), default=0) * itemsize
+    patch = max((module.weight[0, 0].numel() for module in convolutions), default=0)
+    return passes + gradients + patch * memory
