@@ -18,7 +18,8 @@ from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 from ntkbook.experiments.data import sources
 from ntkbook.experiments.data.download import DownloadError
 from ntkbook.experiments.data.images import CLASSES, Images, load_images, read_idx
-from ntkbook.experiments.data.sources import REGISTRY, DataNotFoundError
+from ntkbook.experiments.data.registry import REGISTRY
+from ntkbook.experiments.data.sources import DataNotFoundError
 
 MIRROR = os.environ.get("NTKBOOK_DATA", "")
 needs_data = pytest.mark.skipif(not MIRROR, reason="needs the real data: NTKBOOK_DATA is not set")

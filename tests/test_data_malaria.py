@@ -22,7 +22,8 @@ from rasterio import Affine
 from ntkbook.experiments.data import pfpr, regions, sources
 from ntkbook.experiments.data.download import DownloadError
 from ntkbook.experiments.data.malaria import Malaria, load_malaria
-from ntkbook.experiments.data.sources import REGISTRY, DataNotFoundError
+from ntkbook.experiments.data.registry import REGISTRY
+from ntkbook.experiments.data.sources import DataNotFoundError
 
 MIRROR = os.environ.get("NTKBOOK_DATA", "")
 needs_data = pytest.mark.skipif(not MIRROR, reason="needs the real data: NTKBOOK_DATA is not set")

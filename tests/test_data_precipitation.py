@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from ntkbook.experiments.data import observations, sources, stations
 from ntkbook.experiments.data.download import DownloadError
 from ntkbook.experiments.data.precipitation import Precipitation, load_precipitation
-from ntkbook.experiments.data.sources import REGISTRY, DataNotFoundError
+from ntkbook.experiments.data.registry import REGISTRY
+from ntkbook.experiments.data.sources import DataNotFoundError
 
 MIRROR = os.environ.get("NTKBOOK_DATA", "")
 needs_data = pytest.mark.skipif(not MIRROR, reason="needs the real data: NTKBOOK_DATA is not set")

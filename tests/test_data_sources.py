@@ -11,7 +11,8 @@ import pytest
 from data_server import serve
 
 from ntkbook.experiments.data import sources, stations
-from ntkbook.experiments.data.sources import REGISTRY, DataNotFoundError, Provenance
+from ntkbook.experiments.data.registry import REGISTRY
+from ntkbook.experiments.data.sources import DataNotFoundError, Provenance
 
 PANA = "USC00116579.csv.gz"
 PRECIPITATION = REGISTRY["precipitation"]

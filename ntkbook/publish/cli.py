@@ -95,7 +95,7 @@ def status() -> None:
     for told in sources.status():
         files = f"{told.files} of {told.files_wanted} files" if told.files_wanted else "no files needed"
         download = f", {told.bytes_to_download / 1e6:.0f} MB to download" if told.bytes_to_download else ""
-        print(f"{told.name:14} {told.where:12} {files}{download}  {told.folder}")
+        print(f"{told.name:15} {told.where:12} {files}{download}  {told.folder}")
 
 
 @data.command()

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .sources import REGISTRY, DataNotFoundError, Provenance, digest, locate, obtain
+from .registry import REGISTRY
+from .sources import DataNotFoundError, Provenance, digest, locate, obtain
 
 SIDE = 28
 CLASSES = {

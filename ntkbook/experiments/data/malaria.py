@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import pfpr, regions
-from .sources import REGISTRY, DataNotFoundError, Provenance, digest, locate, obtain, offline
+from .registry import REGISTRY
+from .sources import DataNotFoundError, Provenance, digest, locate, obtain, offline
 
 RELEASE_YEARS = range(2000, 2016)
 RELEASES = {"2015": "malaria", "authors": "malaria-paper"}

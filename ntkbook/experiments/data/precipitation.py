@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import observations
-from .sources import REGISTRY, DataNotFoundError, Provenance, digest, locate, obtain
+from .registry import REGISTRY
+from .sources import DataNotFoundError, Provenance, digest, locate, obtain
 from .stations import NAMED, resolve
 
 

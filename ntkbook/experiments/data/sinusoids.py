@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .sources import REGISTRY, Provenance
+from .registry import REGISTRY
+from .sources import Provenance
 
 DESCRIPTIONS = {
     "kim": "sinusoids drawn by the process of Kim et al. (2018), which the paper names and its authors' code uses",

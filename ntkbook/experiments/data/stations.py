@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from .sources import REGISTRY, obtain
+from .registry import REGISTRY
+from .sources import obtain
 
 NAMED = ("midwest", "few", "all")
 
