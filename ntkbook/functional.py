@@ -121,9 +121,10 @@ class FunctionalNetwork:
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x: expected a tensor (n, ...) with at least one example, got {got}.")
         self._require_same(x, "x")
-        if x.is_floating_point() and torch.isnan(x).any():
-            where = torch.isnan(x).flatten(1).any(1) if x.ndim > 1 else torch.isnan(x)
-            raise ValueError(f"x: {int(where.sum())} of {len(x)} examples hold NaN. Leave them out, or fill them in.")
+        finite = x.isfinite()[:, None].flatten(1).all(1)
+        if not finite.all():
+            bad = int((~finite).sum())
+            raise ValueError(f"x: {bad} of {len(x)} examples hold NaN or infinities. Leave them out, or fill them in.")
         require_pure(self.net)
         versions = {name: value._version for name, value in self.constants.items()}
         found = probe(self._raw, self.params, x[:1].detach())

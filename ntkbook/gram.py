@@ -54,8 +54,9 @@ def find_layers(
 
     It applies when every parameter belongs to a plain Linear that runs at most once, on one vector per example
     (another kind: on one input of so many dimensions, the batch's among them), and when nothing else reads its
-    weights. The last is read off the autograd graph of `call` on one example: each parameter must enter it exactly
-    once, which a tied or functionally used weight does not.
+    weights. The last is read off the autograd graph of `call`: each parameter must enter it exactly once, which a tied
+    or functionally used weight does not. Both are looked at twice, for the example (1, ...) alone and beside itself: an
+    input that does not depend on the batch has as many rows as one of the two, not as both.
     """
     layers: list[Layer] = []
     names: dict[str, nn.Module] = {}
@@ -70,6 +71,20 @@ def find_layers(
     if names.keys() != params.keys():
         return None
 
+    called = _called_once(call, params, names, example, kinds)
+    if called is None or called != _called_once(call, params, names, torch.cat([example] * 2), kinds):
+        return None
+    return [layer for layer in layers if id(layer.module) in called] or None
+
+
+def _called_once(
+    call: Call,
+    params: Mapping[str, Tensor],
+    names: Mapping[str, nn.Module],
+    x: Tensor,
+    kinds: Mapping[type[nn.Module], int],
+) -> set[int] | None:
+    """The ids of the modules that run on x (n, ...), or None unless each runs once, alone reading its parameters."""
     calls: dict[int, tuple[Tensor, int]] = {}
     regular = True
 
@@ -77,18 +92,18 @@ def find_layers(
         nonlocal regular
         regular &= id(module) not in calls and len(args) == 1
         if regular:
-            regular = args[0].ndim == kinds[type(module)] and len(args[0]) == len(example)
+            regular = args[0].ndim == kinds[type(module)] and len(args[0]) == len(x)
             calls[id(module)] = args[0], args[0]._version
 
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-    with torch.enable_grad(), _hooks([layer.module for layer in layers], note):
-        outputs = call(leaves, example)
+    with torch.enable_grad(), _hooks(list(dict.fromkeys(names.values())), note):
+        outputs = call(leaves, x)
     if not regular or any(a._version != version for a, version in calls.values()):  # called oddly; input overwritten
         return None
     uses = _count_uses(outputs)
     if any(uses[id(leaves[name])] > (id(module) in calls) for name, module in names.items()):
         return None
-    return [layer for layer in layers if id(layer.module) in calls] or None
+    return set(calls)
 
 
 def layer_features(

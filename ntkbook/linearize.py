@@ -33,8 +33,8 @@ class Linearization(FunctionalNetwork):
             beyond rounding.
 
     Raises:
-        ValueError: no such parameters; train-mode BatchNorm or Dropout; inputs with NaN, or of the wrong shape,
-            dtype or device; a network whose output is not (n,) or (n, o).
+        ValueError: no such parameters; train-mode BatchNorm or Dropout; inputs with NaN or infinities, or of the wrong
+            shape, dtype or device; a network whose output is not (n,) or (n, o).
         NotImplementedError: an operation of the network that torch.func cannot differentiate in the way asked for.
         MemoryError: a result that cannot fit.
     """

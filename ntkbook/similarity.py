@@ -8,6 +8,8 @@ example's gradient is formed. A convolution's are formed, for that layer alone, 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import product
 
 import torch
 from jaxtyping import Float
@@ -18,6 +20,7 @@ from ntkbook.checks import explained, outside_inference_mode
 from ntkbook.gram import LINEAR, Layer, LayerFeatures, find_layers, layer_features
 from ntkbook.likelihoods import Likelihood, get_likelihood
 from ntkbook.linearize import Linearization
+from ntkbook.memory import require_memory, working_memory
 
 Directions = Callable[[Float[Tensor, "n o"], Tensor | None], Float[Tensor, "r n o"]]
 KINDS: Mapping[type[nn.Module], int] = {**LINEAR, nn.Conv2d: 4}
@@ -49,6 +52,7 @@ def fisher_diagonal(
     Raises:
         ValueError, NotImplementedError: as `Linearization`, for inputs or a network that it cannot work with; an
             unknown likelihood, or one for another number of outputs.
+        MemoryError: one example's gradient by one direction cannot fit.
     """
     likelihood = get_likelihood(likelihood)
     return _mean_squares(_linearised(net), x, None, lambda f, _: likelihood.root(f).permute(2, 0, 1), None, chunk_size)
@@ -104,8 +108,10 @@ def cosine_similarity(a: Float[Tensor, " p"], b: Float[Tensor, " p"]) -> float:
     value means nothing is for a baseline to say: two networks of one task.
 
     Raises:
-        ValueError: NaN or infinite entries; a vector of zeros, which has no direction.
+        ValueError: other shapes than (p,) twice; NaN or infinite entries; a vector of zeros, which has no direction.
     """
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(f"a and b: expected two vectors of one length, got {tuple(a.shape)} and {tuple(b.shape)}.")
     for name, v in (("a", a), ("b", b)):
         if not v.isfinite().all():
             raise ValueError(f"{name}: expected finite entries, got {int((~v.isfinite()).sum())} others.")
@@ -172,19 +178,29 @@ def _mean_squares(
     if layers is not None and not all(_has_rule(layer.module) for layer in layers):
         layers = None
     totals = {name: torch.zeros_like(value, dtype=torch.double) for name, value in lin.params.items()}
-    nbytes = _bytes(lin, layers, o if rows is None else rows, memory)
-    if x.device.type == "cpu":
-        nbytes *= 4  # a quarter of the memory at a time stays nearer the caches: LeNet3 took half the time
-    size = chunk_size or lin._size(len(x), nbytes)
+    rows = o if rows is None else rows
+    fixed, each = _bytes(lin, layers, rows * o, memory)
+    require_memory(
+        fixed + each, x.device, f"One gradient of {lin.num_params:,} parameters", "Linearise in fewer: params=[...]."
+    )
+    budget = working_memory(x.device)
+    # On a CPU, a quarter of the memory at a time stays nearer the caches: LeNet3 took half the time.
+    share = budget // 4 if x.device.type == "cpu" else budget
+    size = min(len(x), chunk_size or lin.chunk_size or max(1, share // (fixed + rows * each)))
+    columns = max(1, min(rows, (budget // size - fixed) // each))  # directions at a time, where not all of them fit
     with torch.no_grad():
-        for start in range(0, len(x), size):
+        for start, first in product(range(0, len(x), size), range(0, rows, columns)):
             part = x[start : start + size].detach()
             targets = None if y is None else y[start : start + size]
-            ahead = lambda f, targets=targets: directions(f, targets)  # noqa: E731
-            squares = _by_layers(lin, layers, part, ahead) if layers else _by_examples(lin, part, ahead)
+            block = partial(_block, directions, targets, slice(first, first + columns))
+            squares = _by_layers(lin, layers, part, block) if layers else _by_examples(lin, part, block)
             for name, square in squares:
                 totals[name] += square.view_as(totals[name])
     return lin.flatten(totals).div(len(x)).to(lin.dtype)
+
+
+def _block(directions: Directions, y: Tensor | None, rows: slice, f: Float[Tensor, "n o"]) -> Float[Tensor, "r n o"]:
+    return directions(f, y)[rows]
 
 
 def _by_examples(lin: Linearization, x: Tensor, directions: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -228,8 +244,7 @@ def _convolution(feature: LayerFeatures) -> tuple[Tensor, Tensor]:
     n, r, out, *_ = d.shape
     d = d.reshape(n, r * out, -1)
     weight, bias = (
-        gradient.square_().sum(0, dtype=torch.double).view(r, out, -1).sum(0)
-        for gradient in (d @ patches.mT, d.sum(-1))
+        gradient.square_().view(n * r, out, -1).sum(0, dtype=torch.double) for gradient in (d @ patches.mT, d.sum(-1))
     )
     return weight, bias
 
@@ -239,12 +254,17 @@ def _has_rule(module: nn.Linear | nn.Conv2d) -> bool:
     return plain and not isinstance(getattr(module, "padding", 0), str)
 
 
-def _bytes(lin: Linearization, layers: list[Layer] | None, rows: int, memory: int) -> int:
-    """Working memory of one example: a pass forward, `rows` backward, and the gradients that are formed."""
-    passes, itemsize = 2 * (rows + 1) * memory, lin.dtype.itemsize
+def _bytes(lin: Linearization, layers: list[Layer] | None, entries: int, memory: int) -> tuple[int, int]:
+    """Working memory of one example: of its pass forward and the directions' entries, and of each direction.
+
+    That is a pass backward, and the gradients that are formed, with their copies in float64 for the sums.
+    """
+    itemsize = lin.dtype.itemsize
+    fixed = 2 * (memory + entries * itemsize)
     if layers is None:
-        return passes + (2 * rows + 1) * lin.num_params * itemsize
+        return fixed + (8 + itemsize) * lin.num_params, 2 * (memory + lin.num_params * itemsize)
     convolutions = [layer.module for layer in layers if isinstance(layer.module, nn.Conv2d)]
-    gradients = max((rows * module.weight.numel() for module in convolutions), default=0) * itemsize
+    weights = max((module.weight.numel() for module in convolutions), default=0)
     patch = max((module.weight[0, 0].numel() for module in convolutions), default=0)
-    return passes + gradients + patch * memory
+    copied = 0 if lin.dtype == torch.double else 8
+    return fixed + patch * memory, 2 * memory + weights * (itemsize + copied)

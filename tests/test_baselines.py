@@ -369,3 +369,14 @@ def test_no_baseline_warns_on_ordinary_data(every):
         warnings.simplefilter("error")
         for baseline in every.values():
             baseline.predict(x, 5 * y, x_star)
+
+
+def test_predictions_at_many_points_are_those_at_each():
+    generator = torch.Generator().manual_seed(0)
+    x, x_star = torch.rand(20, 2, generator=generator), torch.rand(4100, 2, generator=generator)
+    y = torch.sin(5 * x[:, 0]).double()
+    model = SharedRBF().fit(x, y)
+    whole = model.predict(x, y[None], x_star)
+    few = model.predict(x, y[None], x_star[[0, 1999, 2000, 4099]])
+    for one, other in zip(whole, few):
+        torch.testing.assert_close(one[:, [0, 1999, 2000, 4099]], other, rtol=1e-9, atol=1e-12)

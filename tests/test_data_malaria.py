@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import inspect
 import itertools
 import json
 import os
@@ -201,6 +202,77 @@ def test_a_box_has_the_pixels_whose_centre_is_inside(tmp_path):
         load(raster_free, years=(2012,))
 
 
+def test_the_edges_of_a_box_belong_to_it(tmp_path):
+    raster(tmp_path)
+    box = (4.25, 9.75, 5.75, 10.75)  # all four edges are centres of pixels
+    loaded = load(tmp_path, years=(2012,), region=box)
+    assert as_rows(loaded) == slow((2012,), lambda x, y: 4 < x < 6 and 9.5 < y < 11)
+    assert len(loaded.longitude) == 12
+
+
+@pytest.mark.parametrize("side", range(4))
+def test_a_table_must_cover_all_sides_of_a_box(tmp_path, side):
+    table(tmp_path)
+    box = [3, 9, 7, 12]
+    assert len(load(tmp_path, region=box).longitude) == 46
+    box[side] += -0.01 if side < 2 else 0.01
+    with pytest.raises(pfpr.NotCoveredError, match="expected a table that covers the box"):
+        load(tmp_path, region=box)
+
+
+def test_a_rounded_table_with_gaps_has_the_rasters_grid(tmp_path):
+    step, shape = 1 / 24, (90, 60)
+    values = np.full(shape, -9999, np.float32)
+    values[:, ::2] = 0.5  # no neighbours in a row
+    values[7::9] = -9999
+    raster(tmp_path, values=values, transform=Affine(step, 0, WEST, 0, -step, NORTH))
+    exact = load(tmp_path, years=(2012,))
+    place = {"longitude": exact.longitude, "latitude": exact.latitude}
+    table(tmp_path / "other", pd.DataFrame({**place, "year": 2012, "mean": 0.5, "is_ng": 1}).round(4))
+    loaded = load(tmp_path / "other", years=(2012,), region="nigeria")
+    # coordinates are off by up to 5e-5 degrees, at both ends of 89 steps
+    assert loaded.step == pytest.approx(step, rel=0, abs=1e-4 / 89)
+    image, expected = loaded.grid(loaded.rate[0]), exact.grid(exact.rate[0])
+    np.testing.assert_array_equal(image.values.numpy(), expected.values.numpy())
+    np.testing.assert_allclose(image.extent, expected.extent, rtol=0, atol=2e-4)  # and so is the extent
+
+
+def test_a_tables_years_may_differ_in_the_last_digits_of_coordinates(tmp_path):
+    # at the edges of bins of 1e-4 degrees, on different sides of them in different years
+    frame = columns()
+    for name in ("longitude", "latitude"):
+        frame[name] += 5e-5 + np.where(frame.year == 2012, -1e-9, 1e-9)
+    table(tmp_path, frame)
+    loaded = load(tmp_path, region="nigeria")
+    expected = np.array(slow((2012, 2015), lambda longitude, _: longitude > 5))
+    expected[:, :2] += 5e-5 - 1e-9
+    np.testing.assert_allclose(as_rows(loaded), expected, rtol=1e-12)
+    assert loaded.step == pytest.approx(STEP, rel=1e-8)
+
+
+def test_what_is_in_nigeria_does_not_depend_on_the_years_of_the_table(tmp_path):
+    for year in (2012, 2015):
+        raster(tmp_path, year)
+    frame = columns((2011, 2012, 2015))
+    table(tmp_path, frame[(frame.year != 2011) | (frame.latitude < 10.5)])
+    expected = slow((2012, 2015), lambda longitude, _: longitude > 5)
+    assert as_rows(load(tmp_path, region="nigeria")) == expected
+
+
+@pytest.mark.parametrize("how", ["far away", "abroad", "no rate there"])
+def test_rasters_without_a_pixel_that_the_table_has_in_nigeria(tmp_path, how):
+    values = rates(2012)
+    values[:, 4:] = -9999
+    raster(tmp_path, values=values if how == "no rate there" else None)
+    frame = columns()
+    table(
+        tmp_path,
+        frame.assign(longitude=frame.longitude + 50 * (how == "far away"), is_ng=frame.is_ng * (how != "abroad")),
+    )
+    with pytest.raises(ValueError, match=r"a rate in the rasters and is_ng of 1 in .*csv\.gz; of \d+ rows"):
+        load(tmp_path, years=(2012,), region="nigeria")
+
+
 def crosses(x, y, polygon):
     """Whether (x, y) is inside, by the even-odd rule."""
     odd = False
@@ -247,7 +319,9 @@ def test_a_polygon_for_rasters_and_for_a_table(tmp_path):
         ("no json", "expected a GeoJSON file with polygons"),
         ("[1, 2]", "expected a GeoJSON file with polygons"),
         ('{"type": "Polygon"}', "expected a GeoJSON file with polygons"),
-        ('{"type": "Point", "coordinates": [1, 2]}', "expected at least one Polygon or MultiPolygon in"),
+        ('{"type": "Point", "coordinates": [1, 2]}', "with polygons only; .* it has Point"),
+        ('{"type": "GeometryCollection", "geometries": []}', "with polygons only; .* it has GeometryCollection"),
+        ('{"type": "Feature", "geometry": null}', "expected at least one Polygon or MultiPolygon in"),
         ('{"type": "Polygon", "coordinates": [[[4e5, 1e6], [5e5, 1e6], [5e5, 2e6], [4e5, 1e6]]]}', "Reproject it"),
     ],
 )
@@ -298,8 +372,11 @@ def test_unit_and_grid(tmp_path):
     blocks = [[np.nanmean(expected[r : r + 4, c : c + 4]) for c in (0, 4)] for r in (0, 4)]
     np.testing.assert_allclose(coarse.values.numpy(), blocks, rtol=1e-14)
     assert coarse.extent == (3, 7, 8, 12)
-    with pytest.raises(ValueError, match="coarsen of at least 1; got 0"):
-        loaded.grid(loaded.rate[0], 0)
+    unchecked = inspect.unwrap(Malaria.grid)  # without the tests' own check of types
+    for values, coarsen in ((loaded.rate[0], 0), (loaded.rate[0][:-1], 1), (loaded.rate[0], 1.5)):
+        got = rf"46 values, one a pixel, .*; got values of shape \({len(values)},\) and coarsen {coarsen}"
+        with pytest.raises(ValueError, match=got):
+            unchecked(loaded, values, coarsen)
     with pytest.raises(ValueError, match="several rows and columns"):
         load(tmp_path, region="3,9,7,9.4").unit()
 
@@ -326,6 +403,15 @@ def test_a_raster_that_is_not_what_it_should_be_stays_as_it_was(cache, which):
         load_malaria((2012,), "africa", progress=False)
     assert str(path) in str(error.value)
     assert [(one, one.read_bytes()) for one in (cache / "malaria").iterdir()] == [(path, before)]
+
+
+@pytest.mark.parametrize(("tag", "value"), [("scales", 0.01), ("offsets", 0.1)])
+def test_a_raster_that_is_scaled(tmp_path, tag, value):
+    path = raster(tmp_path)
+    with rasterio.open(path, "r+") as file:
+        setattr(file, tag, (value,))
+    with pytest.raises(ValueError, match=rf"has scale .*{value}.*\. Unpack it"):
+        load(tmp_path, years=(2012,))
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", None])
@@ -369,12 +455,14 @@ BAD_TABLES = {
     "column": (columns().drop(columns=["is_ng"]), "expected the columns .*is_ng; .* has only longitude, latitude"),
     "percentages": (columns().assign(mean=36.0), r"rates in \[0, 1\]; .* such as 36"),
     "degrees": (columns().assign(longitude=1e6), "degrees of longitude and latitude"),
-    "is_ng": (columns().assign(is_ng=2), "is_ng of 0 or 1"),
+    "is_ng": (columns().assign(is_ng=2), "is_ng of 0 or 1; .* has 94 others, such as 2"),
+    "no is_ng": (columns().assign(is_ng=np.nan), "is_ng of 0 or 1; .* has 94 others, such as nan. Give each row one"),
+    "both": (columns().assign(is_ng=lambda frame: frame.year == 2012), "expected one is_ng a pixel; .* has 46 pixels"),
     "text": (columns().assign(mean="much"), "expected numbers in the columns"),
     "twice": (pd.concat([columns(), columns().head(1)]), "has a pixel twice in 20"),
     "nobody": (columns().assign(mean=np.nan), "has none that has it in all of them"),
     "abroad": (columns().assign(is_ng=0), "expected pixels with is_ng of 1; .* has none"),
-    "one pixel": (columns()[lambda frame: (frame.longitude == 4.75) & (frame.latitude == 9.25)], "has one pixel only"),
+    "one pixel": (columns()[lambda frame: (frame.longitude == 4.75) & (frame.latitude == 9.25)], "has no two pixels"),
 }
 
 
@@ -411,6 +499,9 @@ def test_broken_hdf5_files(tmp_path, monkeypatch):
         path.write_bytes(part)
         with pytest.raises(ValueError, match=r"malaria_df\.hdf5 .*delete it and get it again"):
             read()
+    hdf5(tmp_path, columns()["mean"])
+    with pytest.raises(ValueError, match=r"expected a table under the key 'full'; .* has a Series there"):
+        read()
     hdf5(tmp_path, columns(), key="part")
     with pytest.raises(ValueError, match="expected a table under the key 'full'"):
         read()
@@ -438,6 +529,10 @@ def test_bad_parameters():
         load_malaria(release="2020")
     with pytest.raises(ValueError, match="no regions to choose"):
         load_malaria(source="embedded", region="3,9,4,10")
+    with pytest.raises(ValueError, match=r'for release="2015" alone; got release=\'authors\''):
+        load_malaria((2012, 2016), source="embedded", release="authors")
+    with pytest.raises(ValueError, match=r"2000 to 2015; got \[1999\]"):
+        load_malaria((1999, 2012), source="embedded")
 
 
 @pytest.mark.parametrize("source", ["auto", "embedded"])
@@ -479,7 +574,7 @@ def test_downloaded_where_it_is_not_here(cache, tmp_path, monkeypatch):
         loaded = load_malaria((2012,), "africa", progress=False)
         assert as_rows(loaded) == slow((2012,))
         assert [path for path, _ in server.requests] == ["/2012?a=b"]
-        with pytest.raises(DownloadError, match="what came is no TIFF file"):
+        with pytest.raises(DownloadError, match="what came is no whole TIFF file"):
             load_malaria((2012, 2013), "africa", progress=False)
         table(cache, columns((2014, 2015)))  # without the year: the rasters are asked for
         with pytest.raises(DownloadError, match=r"PR\.2011\.tif: HTTP status 404"):
@@ -489,6 +584,42 @@ def test_downloaded_where_it_is_not_here(cache, tmp_path, monkeypatch):
         one.unlink()
     gone = load_malaria(progress=False)  # the server is away, and not one file is here
     assert "the download failed" in gone.provenance.description
+
+
+@pytest.mark.parametrize("content", [b"<html>not found</html>", b"II*\0", b"truncated"])
+def test_a_download_that_is_no_whole_raster_does_not_land(cache, tmp_path, monkeypatch, content):
+    monkeypatch.delenv("NTKBOOK_OFFLINE")
+    if content == b"truncated":
+        content = raster(tmp_path, values=np.full((60, 60), 0.5, np.float32)).read_bytes()[:2000]
+    kept = raster(cache, 2015).read_bytes()
+    with serve({"/2012": content}) as server:
+        monkeypatch.setitem(REGISTRY, "malaria", dataclasses.replace(REGISTRY["malaria"], url=server.url + "/{part}"))
+        with pytest.raises(DownloadError, match=r"2012\.tif: what came is no whole TIFF file"):
+            load_malaria((2012, 2015), "africa", progress=False)
+    assert [(one.name[-8:], one.read_bytes()) for one in (cache / "malaria").iterdir()] == [("2015.tif", kept)]
+
+
+def test_a_big_endian_raster_is_as_good(cache, tmp_path, monkeypatch):
+    monkeypatch.delenv("NTKBOOK_OFFLINE")
+    content = raster(tmp_path, ENDIANNESS="BIG").read_bytes()
+    assert content.startswith(b"MM")
+    with serve({"/2012": content}) as server:
+        monkeypatch.setitem(REGISTRY, "malaria", dataclasses.replace(REGISTRY["malaria"], url=server.url + "/{part}"))
+        assert as_rows(load_malaria((2012,), "africa", progress=False)) == slow((2012,))
+
+
+def test_a_page_in_place_of_the_authors_file_does_not_land(cache, tmp_path, monkeypatch):
+    monkeypatch.delenv("NTKBOOK_OFFLINE")
+    page = b"<html>moved</html>"
+    with serve({"/malaria_df.hdf5": page}) as server:
+        entry = dataclasses.replace(REGISTRY["malaria-paper"], url=server.url + "/{file}")
+        monkeypatch.setitem(REGISTRY, "malaria-paper", entry)
+        with pytest.raises(DownloadError, match=r"what came is no HDF5 file \(it begins with b'<html>mo'"):
+            load_malaria((2012, 2016), release="authors", progress=False)
+        assert [*(cache / "malaria").iterdir()] == []
+        server.files["/malaria_df.hdf5"] = hdf5(tmp_path, columns((2012, 2016))).read_bytes()
+        loaded = load_malaria((2012, 2016), release="authors", progress=False)
+    assert loaded.rate.shape == (2, 23)
 
 
 def test_status_and_fetch(cache, monkeypatch):

@@ -61,9 +61,16 @@ def test_the_kernel_with_the_networks_own_noise_is_the_dense_formula(prior):
 
 def test_divergence_is_a_loss_that_ends_no_lower_than_it_began():
     loss = torch.tensor(
-        [[1.0, 9.0, 0.9], [1.0, 0.1, 1.0], [1.0, 0.5, math.nan], [1.0, 2.0, math.inf], [math.nan, 1, 1]]
+        [
+            [1.0, 9.0, 0.9],
+            [1.0, 0.1, 1.0],
+            [1.0, 0.5, math.nan],
+            [1.0, 2.0, math.inf],
+            [math.nan, 1, 1],
+            [1.0, 1.0, -math.inf],
+        ]
     )
-    assert diverged(loss).tolist() == [False, True, True, True, True]
+    assert diverged(loss).tolist() == [False, True, True, True, True, True]
     assert not diverged(loss[0])
 
 
@@ -79,21 +86,32 @@ def test_a_converged_last_layer_is_where_newton_ends():
     assert success
     phi = one[:2](X).detach()
     torch.testing.assert_close(got[:2](X), phi, rtol=0, atol=0)
-    last = nn.Linear(3, 2, dtype=torch.float64)
-    last.load_state_dict(got[-1].state_dict())
-    found = nll(last, phi, Y).item()
 
     def loss(theta):
         return nll(lambda a: a @ theta[:6].view(2, 3).T + theta[6:], phi, Y)
 
-    theta = torch.cat([last.weight.flatten(), last.bias]).detach()
+    theta = torch.cat([got[-1].weight.flatten(), got[-1].bias]).detach()
     for _ in range(20):
         theta = theta - torch.linalg.solve(torch.func.hessian(loss)(theta), torch.func.grad(loss)(theta))
     assert torch.linalg.eigvalsh(torch.func.hessian(loss)(theta)).min() > 0
     assert torch.func.grad(loss)(theta).abs().max() < 1e-9
-    assert found == pytest.approx(loss(theta).item(), abs=1e-7)  # the tolerance asked of L-BFGS is a step's gain
-    assert found < nll(one[-1], phi, Y).item()
+    assert nll(got[-1], phi, Y).item() == pytest.approx(loss(theta).item(), abs=1e-10)
+    assert nll(got[-1], phi, Y).item() < nll(one[-1], phi, Y).item() - 0.01
     assert all(torch.equal(a, b) for a, b in zip(before, one.parameters()))
+
+
+def test_features_that_depend_on_each_other_are_no_hindrance():
+    one = mlp([2, 4, 2], seed=4, dtype=torch.float64)
+    with torch.no_grad():  # units 3 and 2 the same, and a unit that is as constant as the bias
+        one[0].weight[3], one[0].bias[3] = one[0].weight[2], one[0].bias[2]
+        one[0].weight[1], one[0].bias[1] = 0, 1
+    got, success = converge_last(one, X, Y)
+    assert success
+    features = one[:2](X).detach()[:, [0, 2]]
+    small = nn.Sequential(nn.Identity(), nn.Linear(2, 2, dtype=torch.float64))
+    least, success = converge_last(small, features, Y)
+    assert success
+    assert nll(got[-1], one[:2](X), Y).item() == pytest.approx(nll(least[-1], features, Y).item(), abs=1e-10)
 
 
 def test_a_last_layer_stopped_early_says_so():

@@ -2,6 +2,7 @@
 
 import copy
 
+import jaxtyping
 import pytest
 import torch
 from curvlinops import EFLinearOperator, GGNLinearOperator
@@ -11,6 +12,7 @@ from oracles.jacobian import loop_jacobian
 from oracles.networks import CASES, build
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ntkbook
 from ntkbook import Linearization, similarity
@@ -64,6 +66,19 @@ def loop_empirical(net, x, y, likelihood):
         values = [p for p in net.parameters() if p.requires_grad]
         total += torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in values]) ** 2
     return total / len(x)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation makes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.nbytes = max(self.nbytes, tensor.numel() * tensor.element_size())
+        return out
 
 
 def convolutions():
@@ -163,17 +178,70 @@ def test_chunks_change_nothing_beyond_rounding(monkeypatch):
         assert error(
             empirical_fisher_diagonal(net, x, y, chunk_size=4), empirical_fisher_diagonal(net, x, y)
         ) < 1e-14  # fmt: skip
-        monkeypatch.setattr("ntkbook.linearize.working_memory", lambda device: 1)  # one example at a time
+        monkeypatch.setattr(similarity, "working_memory", lambda device: 1)  # one example at a time
         assert error(fisher_diagonal(net, x), whole) < 1e-14
 
 
+@pytest.mark.parametrize("name", ["convolutions", "tanh", "layer norm"])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_little_memory_only_makes_smaller_blocks_of_directions(name, chunk_size, monkeypatch):
+    net, x = build(name)
+    whole, blocks, block = fisher_diagonal(net, x), [], similarity._block
+    monkeypatch.setattr(similarity, "_block", lambda *arguments: blocks.append(block(*arguments)) or blocks[-1])
+    for budget in (1, *(int(1.15**k) for k in range(35, 85))):
+        monkeypatch.setattr(similarity, "working_memory", lambda device, budget=budget: budget)
+        assert error(fisher_diagonal(net, x, chunk_size=chunk_size), whole) < 1e-14
+    assert {len(rows) for rows in blocks} == set(range(1, net(x).shape[1] + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", [True, False])
+def test_many_outputs_stay_within_the_memory(rule, dtype, monkeypatch):
+    """No tensor that an operation makes is larger than the budget, and nor are a convolution's gradients and copies."""
+    net = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(72, 60)).to(dtype)
+    x, convolution, took = randn(9, 2, 5, 5).to(dtype), similarity._convolution, []
+
+    def noted(feature):
+        n, r, *_ = feature.derivatives.shape
+        copies = dtype.itemsize + (8 if dtype == torch.float32 else 0)
+        took.append(n * r * feature.layer.module.weight.numel() * copies)
+        return convolution(feature)
+
+    monkeypatch.setattr(similarity, "_convolution", noted)
+    if not rule:
+        monkeypatch.setattr(similarity, "find_layers", lambda *arguments: None)
+    with Largest() as freely:
+        whole = jacobian_diagonal(net, x)
+    for budget in (150_000, 400_000, 4_000_000):
+        monkeypatch.setattr(similarity, "working_memory", lambda device, budget=budget: budget)
+        took.clear()
+        with Largest() as largest:
+            diagonal = jacobian_diagonal(net, x)
+        assert largest.nbytes <= budget < freely.nbytes or budget == 4_000_000
+        assert bool(took) is rule
+        assert max(took, default=0) <= budget
+        assert error(diagonal.double(), whole.double()) < (1e-14 if dtype == torch.double else 1e-6)
+    assert max(took, default=0) <= budget // 4  # examples share a quarter, where all their directions fit
+
+
+def test_a_gradient_that_cannot_fit_is_refused(monkeypatch):
+    monkeypatch.setattr("ntkbook.memory.available_memory", lambda device: 20_000)
+    for name in ("convolutions", "layer norm"):
+        net, x = build(name)
+        assert jacobian_diagonal(net, x).isfinite().all()
+    wide = mlp([2, 2000, 1])
+    assert jacobian_diagonal(wide, torch.ones(1, 2)).shape == (8001,)  # the layer rule forms none
+    wide[0].register_forward_hook(lambda *arguments: None)
+    with pytest.raises(MemoryError, match=r"One gradient of 8,001 parameters takes .*Linearise in fewer: params="):
+        jacobian_diagonal(wide, torch.ones(1, 2))
+
+
 def test_float32_sums_over_many_examples_in_float64():
-    net = lenet3(seed=2)
-    x = torch.rand(2000, 784, generator=torch.Generator().manual_seed(0))
-    single, double = fisher_diagonal(net, x), fisher_diagonal(net.double(), x.double())
+    """Float32 rounds each example's share, to either side; sums in float32 would be off by more and more."""
+    net, x = mlp([4, 8, 3], seed=2), randn(3000, 4).float()
+    single = fisher_diagonal(net, x, chunk_size=1)
     assert single.dtype == torch.float32
-    assert error(single.double(), double) < 2e-6  # float32: its products, not its sums
-    assert 1 - cosine_similarity(single, double.float()) < 1e-10
+    assert error(single.double(), fisher_diagonal(net.double(), x.double())) < 1e-7  # with float32 sums 1e-6
 
 
 def test_a_linearisation_says_in_which_parameters_and_where():
@@ -242,6 +310,16 @@ def test_the_face_of_the_library():
         assert getattr(ntkbook, name) is getattr(similarity, name)
 
 
+@pytest.mark.parametrize("shapes", [((3,), (2,)), ((2, 3), (2, 3)), ((), ())])
+def test_the_cosine_is_of_two_vectors_of_one_length(shapes):
+    jaxtyping.config.update("jaxtyping_disable", True)  # as outside tests
+    try:
+        with pytest.raises(ValueError, match=r"expected two vectors of one length, got \(.*\) and \("):
+            cosine_similarity(*map(torch.ones, shapes))
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
 def test_errors_say_what_to_do():
     net, x = lenet3(), torch.rand(3, 784)
     with pytest.raises(ValueError, match=r"y: expected 3 of them.*got 2"):
@@ -254,6 +332,8 @@ def test_errors_say_what_to_do():
         fisher_diagonal(net, x, "heteroscedastic")
     with pytest.raises(ValueError, match="1 of 3 examples hold NaN"):
         fisher_diagonal(net, torch.where(torch.arange(3)[:, None] == 1, torch.nan, x))
+    with pytest.raises(ValueError, match="2 of 3 examples hold NaN or infinities"):
+        jacobian_diagonal(net, torch.where(torch.arange(3)[:, None] > 0, -torch.inf, x))
     with pytest.raises(ValueError, match="chunk_size: expected a positive number"):
         jacobian_diagonal(net, x, chunk_size=0)
     with pytest.raises(ValueError, match=r"train mode.*net.eval\(\)"):

@@ -9,7 +9,7 @@ from torch import nn
 
 from ntkbook.experiments.networks import mlp
 from ntkbook.experiments.training import DivergenceError, train
-from ntkbook.likelihoods import Categorical, HeteroscedasticGaussian
+from ntkbook.likelihoods import Categorical, HeteroscedasticGaussian, Poisson
 
 
 def slow_train(net, x, y, *, lr, epochs, momentum, batch_size, seed, names=None):
@@ -119,6 +119,27 @@ def test_with_a_likelihood_too_a_missing_target_is_a_point_left_out():
     y[1, 4:] = torch.nan
     trained, _ = train(nets, x, y, **settings)
     assert_same(trained[1], train(nets[1], x[1, :4], y[1, :4], **settings)[0])
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "y", "message"),
+    [
+        (Categorical(), torch.full((10, 1), 3), "classes from 0 to 1"),
+        (Poisson(), torch.full((10, 1), -2.5), "Poisson expects"),
+        (HeteroscedasticGaussian(), torch.zeros(10, 2), "one target a point"),
+    ],
+)
+def test_targets_that_a_likelihood_cannot_take_are_refused(likelihood, y, message):
+    nets, x, _ = tasks(outputs=1 if isinstance(likelihood, Poisson) else 2)
+    with pytest.raises(ValueError, match=message):
+        train(nets, x[0], y, likelihood=likelihood, **SETTINGS)
+
+
+@pytest.mark.parametrize("epochs", [0, -1])
+def test_a_decay_that_is_none_is_refused(epochs):
+    nets, x, y = tasks()
+    with pytest.raises(ValueError, match="decay_every must be a positive number"):
+        train(nets, x, y, decay_every=epochs, **SETTINGS)
 
 
 def test_loss_history_is_the_mean_over_an_epoch():

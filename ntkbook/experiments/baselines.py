@@ -262,8 +262,9 @@ class SharedRBF:
 def _predict_gp(gp: SingleTaskGP, x_star: Float[Tensor, "m d"]) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"]]:
     gp.eval()
     with _dense():
-        y_star = gp.likelihood(gp(x_star))
-        return y_star.mean, y_star.variance
+        # in parts, since GPyTorch forms the covariance between all points of one call
+        parts = [gp.likelihood(gp(part)) for part in x_star.split(2000)]
+        return torch.cat([y.mean for y in parts]), torch.cat([y.variance for y in parts])
 
 
 def _dense():

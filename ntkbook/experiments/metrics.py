@@ -106,14 +106,17 @@ def between(values: Float[Tensor, "n n"], level: float = 0.95) -> Paired:
     diagonal, where both sides have the same seed, is left out.
 
     Raises:
-        ValueError: as `paired`; fewer than three seeds, which leave no pair when one is left out.
+        ValueError: a pair is not finite; fewer than three seeds, which leave no pair when one is left out.
     """
     n = len(values)
+    off = ~torch.eye(n, dtype=torch.bool)
+    values = values.detach().double().cpu()
+    if values.shape != (n, n) or not values[off].isfinite().all():
+        raise ValueError(f"expected a finite value for each pair of different seeds (n, n), got {values}")
     if n < 3:
         raise ValueError(f"pairs of different seeds need at least three of them for an interval, got {n}")
-    values = values.detach().double().cpu()
-    off = values.masked_fill(torch.eye(n, dtype=torch.bool), 0)
-    total, own = off.sum(), off.sum(0) + off.sum(1)
+    values = values.where(off, 0)
+    total, own = values.sum(), values.sum(0) + values.sum(1)
     without = (total - own) / ((n - 1) * (n - 2))
     return paired(total / (n - 1) - (n - 1) * without, level)
 

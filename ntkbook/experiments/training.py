@@ -73,7 +73,8 @@ def train(
         at the parameters it was seen with. `~loss.isfinite().all(-1)` are those that diverged.
 
     Raises:
-        ValueError: shapes that do not fit, NaN inputs, a task without any target, an unknown parameter.
+        ValueError: shapes that do not fit, NaN inputs, a task without any target, targets that the likelihood cannot
+            take, an unknown parameter, decay_every below 1.
         NotImplementedError: a network with Dropout or BatchNorm in train mode.
         DivergenceError: a loss or a parameter is no longer finite.
     """
@@ -84,10 +85,17 @@ def train(
         raise ValueError(f'on_divergence must be "raise" or "mark", got {on_divergence!r}')
     template, count = originals[0], len(originals)
     like = next(template.parameters())
+    if decay_every is not None and decay_every < 1:
+        raise ValueError(f"decay_every must be a positive number of epochs, got {decay_every}: None keeps the rate")
     classes = not y.is_floating_point()
     x, y, observed = check_data(count, x.to(like), y.to(like))
     if likelihood is not None and y.shape[-1] != 1:
         raise ValueError(f"y must have one target a point, (n, 1) or (T, n, 1), for a likelihood, got {tuple(y.shape)}")
+    if likelihood is not None:  # vmap hides values: what y may be is checked here
+        with torch.no_grad():
+            for t, net in enumerate(originals):
+                seen = observed[t, :, 0]
+                likelihood.log_prob(net(x[t, seen][:1]).expand(int(seen.sum()), -1), _as_targets(y[t, seen], classes))
     n = x.shape[1]
     batch_size = n if batch_size is None else min(batch_size, n)
     generators = _generators(seed, count)
@@ -101,7 +109,7 @@ def train(
         f = functional_call(template, trained | fixed, (x,))
         if likelihood is None:
             return (weight * (f - y).square()).sum()
-        return -(weight[:, 0] * likelihood.log_prob(f, y[:, 0].long() if classes else y)).sum()
+        return -(weight[:, 0] * likelihood.log_prob(f, _as_targets(y, classes))).sum()
 
     gradient = vmap(grad_and_value(batch_loss))
     velocity = {name: torch.zeros_like(p) for name, p in trained.items()}
@@ -148,6 +156,10 @@ def _check_modes(nets: Sequence[nn.Module]) -> None:
                 f"{name} ({type(module).__name__}) is in train mode, which makes networks random or changes their "
                 "buffers: this loop does neither. Call net.eval() first, or leave such layers out"
             )
+
+
+def _as_targets(y: Float[Tensor, "n 1"], classes: bool) -> Tensor:
+    return y[:, 0].long() if classes else y
 
 
 def check_data(

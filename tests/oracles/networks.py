@@ -179,6 +179,41 @@ class Words(nn.Module):
         return self.head(torch.tanh(self.embed(x).mean(1)))
 
 
+class Placed(nn.Module):
+    """A layer on the examples, and one on a constant of so many rows: an encoding of places."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.content, self.place, self.head = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 2)
+        self.register_buffer("code", torch.randn(rows, 4))
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.content(x) + self.place(self.code).mean(0, keepdim=True)))
+
+
+class PlacedImage(nn.Module):
+    """The same of convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.content, self.place = nn.Conv2d(2, 3, 3), nn.Conv2d(1, 3, 3)
+        self.register_buffer("code", torch.randn(1, 1, 5, 5))
+
+    def forward(self, x):
+        return torch.tanh(self.content(x) + self.place(self.code)).flatten(1)[:, ::9]
+
+
+class OneByOne(nn.Module):
+    """A layer that is called as often as there are examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.tanh(torch.cat([self.layer(one) for one in x.split(1)]))
+
+
 class Recurrent(nn.Module):
     """A Linear cell over the steps of a sequence."""
 
@@ -263,6 +298,10 @@ CASES = {
     "called twice": Case(Twice, False),
     "two names": Case(Alias, False),
     "recurrent": Case(Recurrent, False, (3, 2)),
+    "constant of one row": Case(lambda: Placed(1), False),
+    "constant of two rows": Case(lambda: Placed(2), False),
+    "constant image": Case(PlacedImage, False, (2, 5, 5)),
+    "example by example": Case(OneByOne, False),
     "weight read beside its layer": Case(Penalised, False),
     "weight read without its layer": Case(Functional, False),
     "forward of its own": Case(_overridden, False),

@@ -156,6 +156,8 @@ class Transfer:
             _check_gzip(part)
         if job.target.suffix == ".tif":
             _check_tiff(part)
+        if job.target.suffix == ".hdf5":
+            _check_hdf5(part)
         return modified
 
     def _attempt(self, job: Job, part: Path) -> str:
@@ -217,9 +219,22 @@ def _check_gzip(part: Path) -> None:
 
 
 def _check_tiff(part: Path) -> None:
-    """Removes what does not begin as a TIFF file does, such as a map server's page that says what went wrong."""
-    with part.open("rb") as file:
-        start = file.read(4)
-    if start not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    """Removes what is no whole TIFF file, such as a map server's page that says what went wrong, with an error."""
+    import rasterio
+    from rasterio.errors import RasterioError
+
+    try:
+        with rasterio.open(part, driver="GTiff") as file:
+            file.read(1)
+    except RasterioError as error:
         part.unlink()
-        raise _TransferError(f"what came is no TIFF file (it begins with {start!r})")
+        raise _TransferError(f"what came is no whole TIFF file ({error})") from error
+
+
+def _check_hdf5(part: Path) -> None:
+    """Removes what does not begin as an HDF5 file does, with an error."""
+    with part.open("rb") as file:
+        start = file.read(8)
+    if start != b"\x89HDF\r\n\x1a\n":
+        part.unlink()
+        raise _TransferError(f"what came is no HDF5 file (it begins with {start!r})")

@@ -64,10 +64,13 @@ class Malaria:
         """One value a pixel as an image; with `coarsen` = k, the mean of each k by k block's pixels that are there.
 
         Raises:
-            ValueError: `coarsen` is less than 1.
+            ValueError: `coarsen` is no whole number of at least 1, or there is not one value a pixel.
         """
-        if coarsen < 1:
-            raise ValueError(f"expected coarsen of at least 1; got {coarsen}")
+        if not isinstance(coarsen, int) or coarsen < 1 or values.shape != self.longitude.shape:
+            raise ValueError(
+                f"expected {len(self.longitude)} values, one a pixel, and a whole coarsen of at least 1; got values of "
+                f"shape {tuple(values.shape)} and coarsen {coarsen!r}"
+            )
         place = regions.cells(self.longitude.numpy(), self.latitude.numpy(), self.step)
         row, column = (torch.from_numpy(one) // coarsen for one in place)
         rows, columns = int(row.max()) + 1, int(column.max()) + 1
@@ -99,7 +102,7 @@ def load_malaria(
         years: which years; only pixels that have a value in all of them are kept.
         region: "nigeria", "africa" (all of the rasters), a box "west,south,east,north" in degrees (or four numbers),
             or the path of a GeoJSON file with polygons. A pixel is in it where its centre is.
-        source: "auto", "real" (refuses the stand-in), or "embedded" (asks for it).
+        source: "auto", "real" (refuses the stand-in), or "embedded" (asks for it, and looks in no folder).
         data_dir: where given, the only folder to look in; else `$NTKBOOK_DATA`, the cache, a download.
         progress: whether to show progress bars, on stderr.
         release: "2015" or "authors".
@@ -119,6 +122,8 @@ def load_malaria(
     if source == "embedded":
         if not named:
             raise ValueError(f'the made-up data has no regions to choose; got {region!r} instead of "nigeria"')
+        if release != "2015":
+            raise ValueError(f'the made-up data stands in for release="2015" alone; got release={release!r}')
         return _made_up(wanted, "asked for")
     try:
         if release == "authors":
@@ -171,7 +176,7 @@ def _release_2015(years: tuple[int, ...], area: regions.Region, data_dir: str | 
     if area.label != "nigeria":
         return _real(_inside(pixels, area), years, area.label, used, "2015")
     if path is not None:
-        pixels = pixels.select(pfpr.in_nigeria(pixels, path, pfpr.table(path)))
+        pixels = pixels.select(pfpr.in_nigeria(pixels, path))
         return _real(pixels, years, "Nigeria (is_ng of the table beside them)", [*used, path], "2015")
     (border,) = obtain(REGISTRY["borders"], REGISTRY["borders"].files, data_dir, progress).values()
     pixels = _inside(pixels, regions.from_geojson(border, regions.NIGERIA))

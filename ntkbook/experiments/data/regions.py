@@ -60,18 +60,21 @@ def from_geojson(path: Path, country: str | None = None) -> Region:
     """The polygons of a GeoJSON file; with `country`, of its features with that ADM0_A3 alone.
 
     Raises:
-        ValueError: the file is no GeoJSON, or has no polygon in degrees of longitude and latitude.
+        ValueError: the file is no GeoJSON, has other geometries than polygons, or none in degrees.
     """
     try:
         content = json.loads(path.read_bytes())
         features = content.get("features", [content])
         kept = [one for one in features if country is None or one["properties"].get("ADM0_A3") == country]
         geometries = [one["geometry"] if one["type"] == "Feature" else one for one in kept]
-        polygons = tuple(one for one in geometries if one and one["type"] in ("Polygon", "MultiPolygon"))
+        polygons = tuple(one for one in geometries if one)
+        others = sorted({one["type"] for one in polygons} - {"Polygon", "MultiPolygon"})
+        if others:
+            raise ValueError(f"it has {', '.join(others)}")
         corners = np.array([corner[:2] for one in polygons for corner in _corners(one)], dtype=float)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"expected a GeoJSON file with polygons; {path} is none ({reason})") from error
+        raise ValueError(f"expected a GeoJSON file with polygons only; {path} is none ({reason})") from error
     if not len(corners):
         of = f" of {country}" if country else ""
         raise ValueError(f"expected at least one Polygon or MultiPolygon{of} in {path}; it has none")
