@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -45,9 +46,12 @@ def test_an_svg_is_the_same_in_another_process():
 
 
 def test_methods_can_be_told_apart():
-    looks = list(figures.METHOD.values())
-    assert len({look.colour for look in looks}) == len(looks)
-    assert len({look.label for look in looks}) == len(looks)
+    looks = figures.METHOD
+    assert len({look.label for look in looks.values()}) == len(looks)
+    for chapter in sorted((Path(__file__).parents[1] / "book").glob("0*.md")):
+        text = chapter.read_text("utf8")
+        shown = [look for key, look in looks.items() if f'"{key}"' in text]
+        assert len({look[1:] for look in shown}) == len(shown), chapter.name  # colour, line and marker
 
 
 def test_quick_figures_say_so_instead_of_naming_the_papers_figure():
