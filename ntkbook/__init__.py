@@ -5,6 +5,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ntkbook.fisher import (
+        FisherOperator,
+        automatic_epsilon,
+        empirical_fisher_vector_product,
+        fisher_vector_product,
+        monte_carlo_fisher_vector_product,
+    )
     from ntkbook.gp import NTKGP
     from ntkbook.iterative import ConvergenceWarning, Iterative, Report
     from ntkbook.kernel import NTKKernel
@@ -22,34 +29,44 @@ if TYPE_CHECKING:
 __all__ = [
     "NTKGP",
     "ConvergenceWarning",
+    "FisherOperator",
     "Iterative",
     "Linearization",
     "NTKKernel",
     "Posterior",
     "Report",
+    "automatic_epsilon",
     "by_layer",
     "cosine_by_layer",
     "cosine_similarity",
     "empirical_fisher_diagonal",
+    "empirical_fisher_vector_product",
     "fisher_diagonal",
+    "fisher_vector_product",
     "jacobian_diagonal",
+    "monte_carlo_fisher_vector_product",
 ]
 __version__ = "0.1.0"
 
 _HOMES = {
     "ConvergenceWarning": "iterative",
+    "FisherOperator": "fisher",
     "Iterative": "iterative",
     "Linearization": "linearize",
     "NTKGP": "gp",
     "NTKKernel": "kernel",
     "Posterior": "posterior",
     "Report": "iterative",
+    "automatic_epsilon": "fisher",
     "by_layer": "similarity",
     "cosine_by_layer": "similarity",
     "cosine_similarity": "similarity",
     "empirical_fisher_diagonal": "similarity",
+    "empirical_fisher_vector_product": "fisher",
     "fisher_diagonal": "similarity",
+    "fisher_vector_product": "fisher",
     "jacobian_diagonal": "similarity",
+    "monte_carlo_fisher_vector_product": "fisher",
 }
 
 # linear_operator compiles a function at import in a way that torch 2.15 warns about: nothing its users can mend.

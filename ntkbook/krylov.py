@@ -73,7 +73,7 @@ class Subspace:
         while True:
             width = min(block, rank - r)
             fresh = torch.randn(n, width, generator=generator, dtype=start.dtype).to(start.device)
-            new = _orthonormal(image[:, :width], fresh, q[:, :r])
+            new = orthonormal(image[:, :width], fresh, q[:, :r])
             g = system.adjoint(new)
             image = system.forward(g)
             q[:, r : r + width], product[:, r : r + width] = new, image
@@ -252,7 +252,7 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(sound, a / b.where(sound, torch.ones_like(b)), 0.0)
 
 
-def _orthonormal(block: Tensor, fresh: Tensor, q: Tensor) -> Tensor:
+def orthonormal(block: Tensor, fresh: Tensor, q: Tensor) -> Tensor:
     """As many orthonormal columns as fresh has, orthogonal to q: block's, and fresh's where block has no more."""
     size = block.norm(dim=0)
     block = torch.cat([block / size.where(size > 0, torch.ones_like(size)), fresh[:, block.shape[1] :]], 1)

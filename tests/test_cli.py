@@ -52,7 +52,9 @@ def test_data_status_needs_no_network(toybook):
     done = ntkbook("data", "status", cwd=toybook)
     assert done.returncode == 0, done.stderr
     assert "precipitation" in done.stdout
-    assert {"mnist", "kmnist", "fashionmnist", "digits"} <= {line.split()[0] for line in done.stdout.splitlines()}
+    assert {"mnist", "kmnist", "fashionmnist", "digits", "cifar10"} <= {
+        line.split()[0] for line in done.stdout.splitlines()
+    }
 
 
 def test_data_fetch_offline_names_address_and_folder(toybook, tmp_path):

@@ -1,4 +1,4 @@
-"""The networks of the experiments."""
+"""The networks of the experiments; those for colour images are in `convnets`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ def mlp(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     layers: list[nn.Module] = []
-    with _seeded(seed):
+    with seeded(seed):
         for inputs, outputs in pairwise(sizes):
             layers += [nn.Linear(inputs, outputs, device="cpu", dtype=torch.float32), ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1]).to(device=device, dtype=dtype)
@@ -74,7 +74,7 @@ def lenet3(
     """
     if outputs < 1:
         raise ValueError(f"outputs must be at least 1, got {outputs}")
-    with _seeded(seed):
+    with seeded(seed):
         first, second, last = (
             nn.Conv2d(1, 6, 5, device="cpu", dtype=torch.float32),
             nn.Conv2d(6, 16, 5, device="cpu", dtype=torch.float32),
@@ -104,7 +104,7 @@ def split_last(net: nn.Module) -> tuple[nn.Sequential, nn.Linear]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """The global random state set by `seed` inside, and afterwards as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs

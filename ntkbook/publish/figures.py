@@ -163,13 +163,21 @@ def metric_table(
     Returns:
         An object shown as an HTML table, or as plain text.
     """
+    texts = {key: {name: _number(value) for name, value in row.items()} for key, row in rows.items()}
+    return text_table(texts, profile, caption, head=head)
+
+
+def text_table(
+    rows: Mapping[str, Mapping[str, str]], profile: str = "cpu", caption: str = "", *, head: str = "method"
+) -> Any:
+    """A table as `metric_table` makes it, of texts that are shown as they are."""
     metrics = list(dict.fromkeys(name for row in rows.values() for name in row))
     caption += " (quick)" if profile == "quick" else ""
     names = "".join(f"<th>{html.escape(name)}</th>" for name in [head, *metrics])
     body, plain = "", [" | ".join([head, *metrics])]
     for key, row in rows.items():
         label = METHOD[key].label if key in METHOD else key
-        cells = [_number(row.get(name)) for name in metrics]
+        cells = [html.escape(row.get(name, "")) for name in metrics]
         body += f"<tr><th>{html.escape(label)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
         plain.append(" | ".join([label, *cells]))
     table = f'<table class="metrics"><caption>{html.escape(caption)}</caption>'

@@ -1,4 +1,5 @@
 """Polite downloads that can be broken off: four connections, partial files continued, each file whole or not there.
+An archive is unpacked where it landed, and removed.
 
 pooch checks a file's hash and moves it into place; what it lacks, going on where a broken download stopped, is in
 `Transfer`. Every file that lands is recorded with its sha256 in `manifest.jsonl` at the cache's root.
@@ -7,6 +8,8 @@ pooch checks a file's hash and moves it into place; what it lacks, going on wher
 import gzip
 import json
 import os
+import shutil
+import tarfile
 import threading
 import time
 import zlib
@@ -31,12 +34,21 @@ BUSY = {429, 500, 502, 503, 504}
 
 @dataclass(frozen=True)
 class Job:
-    """One file to get: from `url` to `target`, with its size, about, and its hash (pooch's form) where it is fixed."""
+    """One file to get: from `url` to `target`, with its size, about, and its hash (pooch's form) where it is fixed.
+
+    Where `members` names files, `target` is a .tar.gz that has them in a folder of the same name as its own: they are
+    unpacked beside it, and it is removed.
+    """
 
     url: str
     target: Path
     hash: str | None
     size: int
+    members: tuple[str, ...] = ()
+
+    def is_done(self) -> bool:
+        """True where all that this is to bring is on disk."""
+        return all((self.target.parent / name).is_file() for name in self.members or (self.target.name,))
 
 
 class DownloadError(OSError):
@@ -77,13 +89,18 @@ def download(jobs: list[Job], root: Path, progress: bool = True) -> None:
         transfer = Transfer(session, bar)
         pool = ThreadPoolExecutor(CONNECTIONS)
         try:
-            running = {pool.submit(transfer.get, job): job for job in jobs if not job.target.is_file()}
+            running = {pool.submit(transfer.get, job): job for job in jobs if not job.is_done()}
             bar.total = sum(job.size for job in running.values())
             for future in as_completed(running):
                 job = running[future]
                 try:
-                    _record(root, job, future.result())
+                    modified = future.result()
+                    if job.members:
+                        _unpack(job)
+                    _record(root, job, modified)
                     bar.total += job.target.stat().st_size - job.size  # from here on known, not guessed
+                    if job.members:
+                        job.target.unlink()
                 except (_TransferError, ValueError, OSError) as error:  # ValueError: pooch's, on a wrong hash
                     failed[job.target.name] = str(error)
         finally:
@@ -111,6 +128,32 @@ def _record(root: Path, job: Job, modified: str) -> None:
     }
     with (root / "manifest.jsonl").open("a", encoding="utf-8") as manifest:
         manifest.write(json.dumps(entry) + "\n")
+
+
+def _unpack(job: Job) -> None:
+    """Unpacks the members, all or none; removes an archive that is not what it should be.
+
+    Nothing is written but files of exactly the names wanted, whatever else the archive has.
+    """
+    folder = job.target.parent
+    aside = folder / f"{job.target.name}.unpacking"
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    aside.mkdir()
+    try:
+        with tarfile.open(job.target, "r:gz") as archive:
+            for name in job.members:
+                content = archive.extractfile(f"{folder.name}/{name}")
+                if content is None:
+                    raise KeyError(f"{name} is no file in it")
+                with content, (aside / name).open("wb") as file:
+                    shutil.copyfileobj(content, file)
+        for name in job.members:
+            os.replace(aside / name, folder / name)
+    except (EOFError, KeyError, tarfile.TarError, gzip.BadGzipFile, zlib.error) as error:
+        job.target.unlink()
+        raise _TransferError(f"what came is no archive with {', '.join(job.members)} ({error})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 class Transfer:

@@ -22,6 +22,9 @@ class DataSet:
             is in the manifest.
         instead: the name of a file that can serve in place of all `files`, where it is on disk.
         page: what to link to, where that is not the file's address.
+        archive: the name of a .tar.gz that is downloaded in place of the single files and has them in a folder of the
+            same name as here; its hash is among `hashes`, and `size` is then its own.
+        some_are_enough: whether its loader makes do with some of the files.
     """
 
     name: str
@@ -35,14 +38,17 @@ class DataSet:
     hashes: tuple[tuple[str, str], ...] = ()
     instead: str = ""
     page: str = ""
+    archive: str = ""
+    some_are_enough: bool = False
 
     def address(self, file: str) -> str:
-        """Where `file` is downloaded from."""
+        """Where `file`, or the archive that has it, is downloaded from."""
+        file = self.archive or file
         return self.url.format(file=file, part=Path(file).stem.rpartition(".")[2])
 
     def known_hash(self, file: str) -> str | None:
-        """The hash that `file` must have, as pooch writes it, or None where upstream changes the file."""
-        return dict(self.hashes).get(file)
+        """The hash that what `address` gives must have, as pooch writes it, or None where upstream changes it."""
+        return dict(self.hashes).get(self.archive or file)
 
 
 GHCN_DAILY = (
@@ -51,7 +57,7 @@ GHCN_DAILY = (
 )
 
 # whose loaders take something else where not one file can be had
-HAVE_STAND_INS = ("precipitation", "malaria", "mnist", "kmnist", "fashionmnist")
+HAVE_STAND_INS = ("precipitation", "malaria", "mnist", "kmnist", "fashionmnist", "cifar10")
 
 
 def _images(name: str, title: str, folder: str, url: str, licence: str, citation: str, md5s: str) -> DataSet:
@@ -202,6 +208,21 @@ REGISTRY: dict[str, DataSet] = {
             licence="CC BY 4.0",
             citation="Alpaydin and Kaynak (1998). Optical Recognition of Handwritten Digits. UCI Machine Learning "
             "Repository. doi:10.24432/C50P49",
+        ),
+        DataSet(
+            name="cifar10",
+            title="colour photographs in ten classes, 32 x 32 (CIFAR-10)",
+            url="https://www.cs.toronto.edu/~kriz/{file}",
+            folder="cifar-10-batches-bin",
+            files=(*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"),
+            size=170_052_171,
+            licence="no licence is stated; its authors ask to be cited",
+            citation="Krizhevsky (2009). Learning Multiple Layers of Features from Tiny Images. Technical report, "
+            "University of Toronto",
+            hashes=(("cifar-10-binary.tar.gz", "md5:c32a1d4ab5d03f1284b67883e8d873af"),),
+            page="https://www.cs.toronto.edu/~kriz/cifar.html",
+            archive="cifar-10-binary.tar.gz",
+            some_are_enough=True,
         ),
     )
 }

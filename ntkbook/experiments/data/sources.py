@@ -124,7 +124,11 @@ def obtain(
         from .download import Job, download  # needs requests: only where something is downloaded
 
         target = cache_dir() / dataset.folder
-        jobs = [Job(dataset.address(f), target / f, dataset.known_hash(f), dataset.size) for f in missing]
+        if dataset.archive:
+            address, known = dataset.address(dataset.archive), dataset.known_hash(dataset.archive)
+            jobs = [Job(address, target / dataset.archive, known, dataset.size, tuple(missing))]
+        else:
+            jobs = [Job(dataset.address(f), target / f, dataset.known_hash(f), dataset.size) for f in missing]
         download(jobs, root=cache_dir(), progress=progress)
         found |= {file: target / file for file in missing}
     return {file: found[file] for file in files}
@@ -135,10 +139,11 @@ def _missing(dataset: DataSet, missing: list[str], wanted: int, data_dir: str | 
     folder = Path(data_dir or cache_dir()) / dataset.folder
     why = f"data_dir is {data_dir}, and only it is looked in" if data_dir else "NTKBOOK_OFFLINE forbids the download"
     also = "" if data_dir else f", or under {dataset.folder} in a folder that NTKBOOK_DATA names"
+    put = "unpack its files" if dataset.archive else "put it"
     return (
         f"{dataset.name}: {len(missing)} of {wanted} files are not on this machine ({', '.join(missing[:3])}"
         f"{', ...' if len(missing) > 3 else ''}), and {why}. Get {dataset.address(first)} (hash: "
-        f"{dataset.known_hash(first) or 'not fixed, the file changes upstream'}) and put it into {folder}{also}"
+        f"{dataset.known_hash(first) or 'not fixed, the file changes upstream'}) and {put} into {folder}{also}"
     )
 
 
@@ -187,7 +192,7 @@ def _status(name: str) -> Status:
     cached = sum(path.is_relative_to(cache_dir()) for path in found.values())
     places = (["NTKBOOK_DATA"] if cached < len(found) else []) + (["cache"] if cached else [])
     missing = len(files) - len(found)
-    if not missing:
+    if not missing or (found and dataset.some_are_enough):
         where = " and ".join(places) or ("embedded" if dataset.size else "made here")
     elif offline():
         where = "embedded" if name in HAVE_STAND_INS and not found else "missing"
@@ -195,4 +200,5 @@ def _status(name: str) -> Status:
         where = "download"
     folder = str(next(iter(found.values()), cache_dir() / dataset.folder / "x").parent) if files else ""
     size = sum(path.stat().st_size for path in found.values()) if files else dataset.size
-    return Status(name, dataset.title, where, folder, len(found), len(files), size, missing * dataset.size)
+    downloads = min(missing, 1) if dataset.archive else missing
+    return Status(name, dataset.title, where, folder, len(found), len(files), size, downloads * dataset.size)
