@@ -3,6 +3,7 @@
 A method adds to `total` (k, p) its products with the vectors (k, p), over the chunks of one mini-batch.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +24,11 @@ from ntkbook.memory import working_memory
 Multiply = Callable[[Float[Tensor, "n o k"]], Float[Tensor, "n o k"]]
 Curvature = Callable[[Float[Tensor, "n o"], Tensor | None], Multiply]  # outputs and labels -> u -> H u
 GROUP = 64  # vectors at a time
+FEW = 8  # examples that an automatic step is taken from
+# Operations whose derivatives jump, as autograd calls them.
+KINKS = re.compile(
+    "(Relu|LeakyRelu|Prelu|Rrelu|Threshold|Hard|Softshrink|Clamp|Abs|Sign|Max|Min|Amax|Amin|AdaptiveMax|FractionalMax|Median|Kth|Sort|Topk|Where)"
+)
 Pull = Callable[[Float[Tensor, "n o k"]], Float[Tensor, "k p"]]
 Route = Callable[[Linearization, Tensor, Float[Tensor, "k p"]], tuple[Tensor, Tensor, Pull]]
 
@@ -189,7 +195,7 @@ def double_backward(
 
 def difference(
     likelihood: Likelihood,
-    step: float,
+    epsilon: float | None,
     central: bool,
     lin: Linearization,
     batch: Batch,
@@ -197,7 +203,7 @@ def difference(
     total: Float[Tensor, "k p"],
     chunk_size: int | None,
 ) -> None:
-    """Gradients of KL(p_θ ‖ p_θ′) in θ′, at θ′ = θ + step·v/‖v‖, and at θ′ = θ − step·v/‖v‖ if `central`."""
+    """Gradients of KL(p_θ ‖ p_θ′) in θ′, at θ′ = θ + εv/‖v‖, and at θ′ = θ − εv/‖v‖ if `central`."""
     chunks = list(batch.chunks(lin, chunk_size, 2))
     with explained("difference"), torch.no_grad():
         chunks = [(x, lin._call(lin.params, x) if f is None else f) for x, f in chunks]
@@ -207,6 +213,7 @@ def difference(
             continue
         direction = v / largest  # so that no square underflows
         norm = float(direction.norm())
+        step = automatic_step(lin, batch.x, direction / norm, central) if epsilon is None else epsilon
         moves, parts = lin.unflatten(direction), lin.unflatten(sums)
         for sign in (1, -1) if central else (1,):
             shift = sign * step / norm
@@ -217,6 +224,37 @@ def difference(
                 weight = sign * norm * largest / (step * (2 if central else 1))
                 for name, gradient in _gradient(kl, leaves, retain_graph=False).items():
                     parts[name].add_(gradient, alpha=weight)
+
+
+def automatic_step(lin: Linearization, x: Tensor, direction: Float[Tensor, " p"], central: bool) -> float:
+    """The ε that `fisher.automatic_epsilon` derives, for a direction of norm 1 and the first examples of x."""
+    u = torch.finfo(lin.dtype).eps
+    x, scale = x[:FEW].detach(), float(lin.flatten(lin.params).norm()) or 1.0
+    trial = scale * u**0.5
+    moved = {
+        k: value.add(move, alpha=trial)
+        for (k, value), move in zip(lin.params.items(), lin.unflatten(direction).values())
+    }
+    with explained("difference"), torch.no_grad():
+        f, shifted = lin._call(lin.params, x), lin._call(moved, x)
+    speed = float((shifted - f).norm()) / trial
+    length = min(scale, float(f.norm()) / speed) if speed and f.any() else scale
+    return length * u ** (1 / 3 if central and not _has_kinks(lin, x[:1]) else 1 / 2)
+
+
+def _has_kinks(lin: Linearization, example: Tensor) -> bool:
+    """Whether the network's derivative jumps, as that of ReLU and of a maximum does: by the names in its graph."""
+    with explained("difference"), torch.enable_grad():
+        stack: list[Any] = [lin._call(_leaves(lin), example).grad_fn]
+    seen = set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            if KINKS.match(node.name()):
+                return True
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+    return False
 
 
 def _leaves(lin: Linearization) -> dict[str, Tensor]:

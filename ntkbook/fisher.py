@@ -7,7 +7,8 @@ F is this sum over examples, with "mean" it is divided by their number (as `fish
   the graph of the pass backward; a block takes one pass for all its J v, vectorised, and one for all its Jᵀ.
 - "double_backward": the Hessian in θ′ of KL(p_θ ‖ p_θ′) at θ′ = θ, by autograd, twice: exact too, and dearer.
 - "forward_difference": the gradient of that divergence at θ′ = θ + ε v/‖v‖, times ‖v‖/ε; at θ it vanishes. O(ε) off.
-- "central_difference": the difference of the gradients at θ ± ε v/‖v‖, times ‖v‖/2ε. O(ε²) off.
+- "central_difference": the difference of the gradients at θ ± ε v/‖v‖, times ‖v‖/2ε. O(ε²)
+  off for a smooth network, O(ε) for one with kinks, such as ReLU's.
 
 The step ε is a length: the paper's θ + εv (Appendix D) for a v of norm 1, scaled back. Products by finite differences
 are homogeneous in v, but neither quite linear nor symmetric, and see through a `.detach()` inside the network, where
@@ -29,6 +30,7 @@ from ntkbook.curvature import (
     Batch,
     Method,
     Symmetric,
+    automatic_step,
     batches,
     difference,
     double_backward,
@@ -73,7 +75,8 @@ def fisher_vector_product(
         likelihood: p(y | f), by its name in `ntkbook.likelihoods.LIKELIHOODS`, or an instance.
         method: "exact", "double_backward", "forward_difference" or "central_difference": see the top of this module.
         reduction: "sum" over all examples, or their "mean".
-        epsilon: the length of the finite differences' step in parameters, or "auto": `automatic_epsilon`.
+        epsilon: the length of the finite differences' step in parameters, or "auto": `automatic_epsilon`, which takes
+            two passes forward of eight examples of each mini-batch.
         chunk_size: examples at a time; the linearisation's, or from the machine's memory, unless given. No result
             depends on it beyond rounding.
 
@@ -231,16 +234,22 @@ class FisherOperator(GaussNewtonOperator):
         return RootLinearOperator(root.expand(*self._batch, *root.shape))
 
 
-def automatic_epsilon(lin: Linearization, method: str) -> float:
-    """The step of "auto", u the spacing of floating-point numbers at 1: ‖θ‖ u^(1/2) forward, ‖θ‖ u^(1/3) central.
+def automatic_epsilon(lin: Linearization, x: Tensor, v: Float[Tensor, " p"], method: str) -> float:
+    """The step of "auto" for one vector and one mini-batch: ε = ℓ u^(1/2), or ℓ u^(1/3).
 
-    A step h errs by O(h) or O(h²), and rounding θ + h v/‖v‖ by O(u ‖θ‖/h): these balance the two.
+    u is the spacing of floating-point numbers at 1, ℓ = ‖f‖ / ‖J v̂‖ the length of a step along v̂ = v/‖v‖ that changes
+    the outputs by their own size, at most ‖θ‖. Outputs are known to u‖f‖, so a product by a step ε errs by some u ℓ/ε
+    from rounding, and by (ε/ℓ)^q from curvature, where the Jacobian changes over a length ℓ as well: the two balance at
+    ε = ℓ u^(1/(1 + q)). q = 2 for central differences of a smooth network. For forward differences q = 1, and for both
+    where the network has kinks, as ReLU's: a step makes a number of units change their sign that grows with ε, other
+    ones on the other side, and nothing cancels.
+
+    ℓ is measured on the first eight examples, by a step ‖θ‖ u^(1/2).
 
     ValueError for a method that takes no step.
     """
     _require(method, "method", DIFFERENCES)
-    norm = sum(float(value.double().square().sum()) for value in lin.params.values()) ** 0.5
-    return (norm or 1.0) * torch.finfo(lin.dtype).eps ** (1 / 2 if method == "forward_difference" else 1 / 3)
+    return automatic_step(lin, x, v / v.norm(), method == "central_difference") if v.any() else 0.0
 
 
 # ------------------------------------------------------------------ inside
@@ -265,14 +274,15 @@ def _method(lin: Linearization, likelihood: str | Likelihood, method: str, epsil
     )
 
 
-def _step(lin: Linearization, method: str, epsilon: float | str) -> float:
+def _step(lin: Linearization, method: str, epsilon: float | str) -> float | None:
+    """The checked ε, None for one that follows from the vector and the mini-batch."""
     if torch.finfo(lin.dtype).bits < 32:
         raise ValueError(
             f"method: {method!r} needs float32 or float64: {lin.dtype} has too few digits to hold θ + εv beside θ. Use "
             "'exact', or convert the linearisation with .to(dtype=torch.float32)."
         )
     if epsilon == "auto":
-        return automatic_epsilon(lin, method)
+        return None
     if isinstance(epsilon, str) or not 0 < epsilon < float("inf"):
         raise ValueError(f"epsilon: expected a positive, finite number or 'auto', got {epsilon!r}.")
     return float(epsilon)

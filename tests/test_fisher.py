@@ -161,7 +161,6 @@ def test_the_step_is_a_length():
 def test_automatic_steps():
     net, x = small(dtype=torch.float), randn(6, 3)
     lin = Linearization(net)
-    assert automatic_epsilon(lin, "central_difference") > automatic_epsilon(lin, "forward_difference") > 0
     v = randn(lin.num_params)
     exact = fisher_vector_product(lin.to(dtype=torch.double), x, v)
     for dtype, limits in ((torch.float32, (1e-2, 1e-3)), (torch.float64, (1e-6, 1e-8))):  # what these steps leave
@@ -170,10 +169,53 @@ def test_automatic_steps():
             found = fisher_vector_product(there, x.to(dtype), v.to(dtype), method=method)
             assert found.dtype == dtype
             assert 0 < error(found.double(), exact) < limit
-    zero = Linearization(net, {name: torch.zeros_like(value) for name, value in net.named_parameters()})
-    assert automatic_epsilon(zero, "forward_difference") > 0
+            step = automatic_epsilon(there, x.to(dtype), v.to(dtype), method)
+            assert torch.equal(
+                found, fisher_vector_product(there, x.to(dtype), v.to(dtype), method=method, epsilon=step)
+            )
     with pytest.raises(ValueError, match=r"method: expected one of 'forward_difference', 'central_difference', got"):
-        automatic_epsilon(lin, "exact")
+        automatic_epsilon(lin, x.float(), v.float(), "exact")
+
+
+def test_an_automatic_step_is_the_length_that_changes_the_outputs_by_their_size_times_rounding():
+    x = randn(20, 3)
+    u = torch.finfo(torch.double).eps
+    for net, power in ((small(), 1 / 3), (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double(), 1 / 2)):
+        lin = Linearization(net)
+        v = lin.vjp(x, torch.ones(20, lin.num_outputs(x)).double())  # along which the outputs change most
+        few = x[:8]
+        size = float(lin.flatten(lin.params).norm())
+        length = min(size, float(lin.outputs(few).norm() / lin.jvp(few, v / v.norm()).norm()))
+        for method, exponent in zip(DIFFERENCES, (1 / 2, power)):
+            found = automatic_epsilon(lin, x, v, method)
+            assert found == pytest.approx(length * u**exponent, rel=1e-5)  # the trial step's own error
+            assert automatic_epsilon(lin, x, -3 * v, method) == pytest.approx(found, rel=1e-5)
+        assert length < size
+    # Never beyond the parameters' own size; nor zero, where the outputs do not change or are zero.
+    net = nn.Linear(2, 1, bias=False).double()
+    lin, size = Linearization(net), float(net.weight.detach().norm())
+    across = torch.tensor([[-1.0, 1.0]], dtype=torch.double)
+    for inputs, v in ((across, torch.ones(2).double()), (torch.zeros(1, 2).double(), torch.ones(2).double())):
+        assert automatic_epsilon(lin, inputs, v, "forward_difference") == pytest.approx(size * u**0.5)
+    zero = Linearization(net, {"weight": torch.zeros(1, 2).double()})
+    assert automatic_epsilon(zero, across, torch.tensor([1.0, 0.0]).double(), "forward_difference") == pytest.approx(
+        u**0.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "kinked"),
+    [
+        (nn.ReLU(), True), (nn.LeakyReLU(), True), (nn.PReLU(), True), (nn.Hardtanh(), True), (nn.ReLU6(), True),
+        (nn.Hardswish(), True), (nn.Hardsigmoid(), True), (nn.Threshold(0.1, 0), True), (nn.Softshrink(), True),
+        (nn.Hardshrink(), True), (nn.MaxPool1d(2), True), (nn.AdaptiveMaxPool1d(2), True), (nn.Tanh(), False),
+        (nn.GELU(), False), (nn.SiLU(), False), (nn.Softmax(1), False), (nn.LogSoftmax(1), False),
+        (nn.Softplus(), False), (nn.Sigmoid(), False), (nn.LayerNorm(4), False), (nn.ELU(), False), (nn.AvgPool1d(2), False),
+    ],
+)  # fmt: skip
+def test_kinks_are_seen_in_the_graph(layer, kinked):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (1, 4)), layer, nn.Flatten()).double()
+    assert curvature._has_kinks(Linearization(net), randn(1, 3)) == kinked
 
 
 @pytest.mark.parametrize("method", [*LINEAR, *DIFFERENCES])

@@ -57,7 +57,9 @@ def test_gaussian_posterior_is_that_of_ntkgp(n, seed, scale, noise, mean, block)
     assert ours.residual < 1e-9
 
 
-@pytest.mark.parametrize(("name", "outputs"), [("categorical", 3), ("bernoulli", 1), ("poisson", 1), ("heteroscedastic", 2)])
+@pytest.mark.parametrize(
+    ("name", "outputs"), [("categorical", 3), ("bernoulli", 1), ("poisson", 1), ("heteroscedastic", 2)]
+)
 @pytest.mark.parametrize("block", [1, 3])
 def test_other_likelihoods_take_one_newton_step(name, outputs, block):
     likelihood = get_likelihood(name)
@@ -100,7 +102,9 @@ def test_differences_come_close_in_float64_and_the_residual_shows_what_is_left()
     gaps = {}
     for epsilon in (1e-2, 1e-4):
         fisher = FisherOperator(net, x, Gaussian(0.1), method="central_difference", epsilon=epsilon)
-        gaps[epsilon] = float(((FisherPosterior(fisher, y, mean="zero").mean(x_star) - exact.mean(x_star)) / sd).abs().max())
+        gaps[epsilon] = float(
+            ((FisherPosterior(fisher, y, mean="zero").mean(x_star) - exact.mean(x_star)) / sd).abs().max()
+        )
     # errors of central differences fall with ε²; rounding at 1e-4 leaves less than 1 % of that
     assert gaps[1e-4] == pytest.approx(1e-4 * gaps[1e-2], rel=0.5)
     one = FisherPosterior(FisherOperator(net, x, Gaussian(0.1)), y, mean="zero", rank=1)
@@ -110,7 +114,9 @@ def test_differences_come_close_in_float64_and_the_residual_shows_what_is_left()
 def test_no_data_to_speak_of_leaves_the_prior():
     net, (x, _) = mlp([2, 5, 1], dtype=torch.float64), data(3, 2)
     lin = Linearization(net)
-    posterior = FisherPosterior(FisherOperator(net, x, Gaussian(1e12)), torch.zeros(3, dtype=torch.float64), mean="zero")
+    posterior = FisherPosterior(
+        FisherOperator(net, x, Gaussian(1e12)), torch.zeros(3, dtype=torch.float64), mean="zero"
+    )
     assert torch.equal(posterior.mean(x), torch.zeros(3, dtype=torch.float64))
     assert torch.allclose(posterior.variance(x), lin.diagonal(x), rtol=1e-10)
 

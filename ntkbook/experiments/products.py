@@ -55,20 +55,15 @@ class Cost(NamedTuple):
     peak: float
 
 
-def measure(call: Callable[[], object], repeats: int, device: torch.device | str = "cpu") -> tuple[list[float], float]:
-    """Seconds of each repetition of a call, and the peak memory of one call more before them."""
+def measure(call: Callable[[], object], device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Seconds of one call, and the bytes that it took above what was held before; nan where nobody tells."""
     gc.collect()
     before = _reset_peak(device)
+    _wait(device)
+    start = time.perf_counter()
     call()
-    peak = _peak(device) - before
-    seconds = []
-    for _ in range(repeats):
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return seconds, max(peak, 0.0)
+    _wait(device)
+    return time.perf_counter() - start, max(_peak(device) - before, 0.0)
 
 
 def product_costs(
@@ -97,16 +92,18 @@ def product_costs(
         return lambda: fisher_vector_product(lin, x, v, method=method, chunk_size=size)
 
     sizes = [size for size in chunk_sizes if size <= len(x)]
-    costs = {m: [Cost(size, *measure(call(m, size), 1, device)) for size in sizes] for m in ("gradient", *methods)}
+    gradient(max(sizes))  # what is done once only, done before
+    costs: dict[str, list[Cost]] = {}
+    for method in ("gradient", *methods):
+        costs[method] = []
+        for size in sizes:
+            seconds, peak = measure(call(method, size), device)
+            costs[method].append(Cost(size, [seconds], peak))
     best = {method: min(tried, key=lambda cost: cost.seconds[0]) for method, tried in costs.items()}
     rounds = {method: [] for method in costs}
     for _ in range(repeats):
         for method, cost in best.items():
-            _wait(device)
-            start = time.perf_counter()
-            call(method, cost.chunk_size)()
-            _wait(device)
-            rounds[method].append(time.perf_counter() - start)
+            rounds[method].append(measure(call(method, cost.chunk_size), device)[0])
     for method, cost in best.items():
         costs[method].append(cost._replace(seconds=rounds[method]))
     return costs

@@ -330,8 +330,8 @@ CLAIMS = (
         chapter="05_fisher_vector_products",
         place="Appendix D, Figure 5",
         sentence="The relative error of the finite-difference product of PreResNet56 is of the order of 1e-3.",
-        quantity="relative error of the forward difference in float32 on the gradient's direction, at the ε that is best "
-        "before training, largest of the later stages of training",
+        quantity="relative error of the forward difference in float32 on the gradient's direction, at the ε that is "
+        "best before training, largest of the later stages of training",
         direction="<",
         threshold=10**-2.5,
         paper_value="of the order of 1e-3",
@@ -351,8 +351,8 @@ CLAIMS = (
         chapter="05_fisher_vector_products",
         place="Appendix F (ε = 1e-4), Figure 5",
         sentence="ε = 1e-4, the paper's own, is a good choice for a modern network.",
-        quantity="relative error of the forward difference in float32 on the gradient's direction at ε = 1e-4, over that "
-        "at the best ε, largest of all stages of training",
+        quantity="relative error of the forward difference in float32 on the gradient's direction at ε = 1e-4, over "
+        "that at the best ε, largest of all stages of training",
         direction="<",
         threshold=3.0,
     ),
@@ -361,8 +361,8 @@ CLAIMS = (
         chapter="05_fisher_vector_products",
         place="Appendix F",
         sentence="ε is very stable for regression losses.",
-        quantity="decades of ε in which the forward difference of a squared loss in float32 on the gradient's direction is "
-        "within 1 %, smallest of the sinusoid networks",
+        quantity="decades of ε in which the forward difference of a squared loss in float32 on the gradient's "
+        "direction is within 1 %, smallest of the sinusoid networks",
         direction=">",
         threshold=2.0,
         paper_value="very stable",
