@@ -63,10 +63,12 @@ def probe(
 
     def pack(tensor: Tensor) -> Tensor:
         nonlocal saved
-        saved += tensor.numel() * tensor.element_size()
+        if tensor.untyped_storage().data_ptr() not in weights:  # these are there once, whatever the examples
+            saved += tensor.numel() * tensor.element_size()
         return tensor
 
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+    weights = {value.untyped_storage().data_ptr() for value in leaves.values()}
     cuda = [example.device] if example.device.type == "cuda" else []
     with torch.random.fork_rng(cuda), torch.enable_grad():
         before = _rng_states(cuda)
@@ -83,8 +85,7 @@ def probe(
             f"The network must map n examples to (n,) or (n, o); from one example it made {got}. Flatten its "
             "outputs to (n, o); where it squeezes, name the dimension: squeeze(-1)."
         )
-    weights = sum(value.numel() * value.element_size() for value in leaves.values())
-    return (1 if outputs.ndim == 1 else outputs.shape[1]), max(saved - weights, 8 * outputs.numel())
+    return (1 if outputs.ndim == 1 else outputs.shape[1]), max(saved, 8 * outputs.numel())
 
 
 def require_separate(

@@ -210,7 +210,8 @@ def test_an_automatic_step_is_the_length_that_changes_the_outputs_by_their_size_
         (nn.Hardswish(), True), (nn.Hardsigmoid(), True), (nn.Threshold(0.1, 0), True), (nn.Softshrink(), True),
         (nn.Hardshrink(), True), (nn.MaxPool1d(2), True), (nn.AdaptiveMaxPool1d(2), True), (nn.Tanh(), False),
         (nn.GELU(), False), (nn.SiLU(), False), (nn.Softmax(1), False), (nn.LogSoftmax(1), False),
-        (nn.Softplus(), False), (nn.Sigmoid(), False), (nn.LayerNorm(4), False), (nn.ELU(), False), (nn.AvgPool1d(2), False),
+        (nn.Softplus(), False), (nn.Sigmoid(), False), (nn.LayerNorm(4), False), (nn.ELU(), False),
+        (nn.AvgPool1d(2), False),
     ],
 )  # fmt: skip
 def test_kinks_are_seen_in_the_graph(layer, kinked):

@@ -578,3 +578,10 @@ def test_what_cannot_fit_is_refused(monkeypatch):
     monkeypatch.setattr("ntkbook.memory.available_memory", lambda device: 2**40)
     many = x[:1].expand(10**6, 4)
     refused(MemoryError, "takes 67055.2 GiB, and 1024.0 GiB are", lambda: lin.gram(many), net)
+
+
+def test_memory_of_an_example_is_that_of_its_activations_and_not_of_the_weights():
+    # tanh keeps its 500 outputs, each Linear its input (the first one x), and the layers after them share these
+    net = nn.Sequential(nn.Linear(300, 500), nn.Tanh(), nn.Linear(500, 500), nn.Tanh(), nn.Linear(500, 2)).double()
+    _, memory = Linearization(net)._inspect(torch.zeros(1, 300, dtype=torch.float64))
+    assert 8 * (300 + 500 + 500) <= memory <= 2 * 8 * (300 + 500 + 500)
