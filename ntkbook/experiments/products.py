@@ -1,5 +1,6 @@
 """What chapter 5 measures of Fisher-vector products: errors, times and memory."""
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -137,7 +138,8 @@ def _reset_peak(device: torch.device | str) -> float:
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return float(torch.cuda.memory_allocated(device))
-    with suppress(OSError):
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, so that it is not there already when used
         Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak of the resident size to the size
         return _status("VmRSS")
     return torch.nan
