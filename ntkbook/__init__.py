@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         fisher_vector_product,
         monte_carlo_fisher_vector_product,
     )
+    from ntkbook.fisher_posterior import FisherPosterior
     from ntkbook.gp import NTKGP
     from ntkbook.iterative import ConvergenceWarning, Iterative, Report
     from ntkbook.kernel import NTKKernel
@@ -30,6 +31,7 @@ __all__ = [
     "NTKGP",
     "ConvergenceWarning",
     "FisherOperator",
+    "FisherPosterior",
     "Iterative",
     "Linearization",
     "NTKKernel",
@@ -51,6 +53,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ConvergenceWarning": "iterative",
     "FisherOperator": "fisher",
+    "FisherPosterior": "fisher_posterior",
     "Iterative": "iterative",
     "Linearization": "linearize",
     "NTKGP": "gp",

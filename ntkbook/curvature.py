@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     extra: Tensor | None
     """Labels; the outputs, where a method needs them and has them already."""
     memory: int
-    """Bytes of one example's pass forward."""
+    """Bytes of one example's pass forward, and of its samples."""
 
     def chunks(self, lin: Linearization, chunk_size: int | None, copies: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Examples and their labels, as many as fit if each takes some copies of its pass forward."""
@@ -58,6 +58,8 @@ def batches(x: Tensor | Iterable[Any], y: Tensor | Iterable[Tensor] | None = Non
     """Mini-batches of inputs and labels, None where there are none."""
     if isinstance(x, Tensor):
         yield x, y
+    elif isinstance(y, Tensor):
+        raise ValueError("y: expected mini-batches of labels where x is an iterable of them, got one tensor.")
     elif y is not None:
         yield from zip(x, y, strict=True)
     else:
@@ -65,11 +67,11 @@ def batches(x: Tensor | Iterable[Any], y: Tensor | Iterable[Tensor] | None = Non
             yield (batch[0], batch[1] if len(batch) > 1 else None) if isinstance(batch, tuple | list) else (batch, None)
 
 
-def inspected(lin: Linearization, x: Tensor, y: Tensor | None) -> Batch:
-    _, memory = lin._inspect(x)
+def inspected(lin: Linearization, x: Tensor, y: Tensor | None, samples: int = 0) -> Batch:
+    o, memory = lin._inspect(x)
     if y is not None and len(y) != len(x):
         raise ValueError(f"y: expected {len(x)} of them, as many as inputs x; got {len(y)}.")
-    return Batch(x, y.clone() if y is not None and y.is_inference() else y, memory)
+    return Batch(x, y.clone() if y is not None and y.is_inference() else y, memory + 8 * samples * o)
 
 
 def products(
@@ -238,7 +240,8 @@ def automatic_step(lin: Linearization, x: Tensor, direction: Float[Tensor, " p"]
     with explained("difference"), torch.no_grad():
         f, shifted = lin._call(lin.params, x), lin._call(moved, x)
     speed = float((shifted - f).norm()) / trial
-    length = min(scale, float(f.norm()) / speed) if speed and f.any() else scale
+    # Where outputs cancel, their rounding is not u‖f‖, and steps from their size would be lost in that of θ.
+    length = min(scale, max(trial, float(f.norm()) / speed)) if speed and f.any() else scale
     return length * u ** (1 / 3 if central and not _has_kinks(lin, x[:1]) else 1 / 2)
 
 

@@ -145,7 +145,7 @@ def monte_carlo_fisher_vector_product(
     seeds = torch.Generator().manual_seed(seed)
     method = partial(exact, partial(drawn_scores, get_likelihood(likelihood), samples, seeds))
     inputs = ((part, None) for part, _ in batches(x))
-    return _streamed(_linearised(net), inputs, v, method, reduction, chunk_size)
+    return _streamed(_linearised(net), inputs, v, method, reduction, chunk_size, samples)
 
 
 class FisherOperator(GaussNewtonOperator):
@@ -244,7 +244,7 @@ def automatic_epsilon(lin: Linearization, x: Tensor, v: Float[Tensor, " p"], met
     where the network has kinks, as ReLU's: a step makes a number of units change their sign that grows with ε, other
     ones on the other side, and nothing cancels.
 
-    ℓ is measured on the first eight examples, by a step ‖θ‖ u^(1/2).
+    ℓ is measured on the first eight examples, by a step ‖θ‖ u^(1/2), and taken to be no shorter than that.
 
     ValueError for a method that takes no step.
     """
@@ -296,6 +296,7 @@ def _streamed(
     method: Method,
     reduction: str,
     chunk_size: int | None,
+    samples: int = 0,
 ) -> Vector:
     _require(reduction, "reduction", REDUCTIONS)
     if chunk_size is not None and chunk_size < 1:
@@ -306,7 +307,7 @@ def _streamed(
     if flat.dtype != lin.dtype:
         raise ValueError(f"v: expected {lin.dtype}, like the network's parameters, got {flat.dtype}.")
     lin._require_same(flat, "v")
-    found = (inspected(lin, *batch) for batch in data)
+    found = (inspected(lin, *batch, samples) for batch in data)
     result = products(lin, found, flat.reshape(len(flat), -1), method, reduction, chunk_size)
     if isinstance(v, Mapping):
         return lin.unflatten(result[:, 0])

@@ -38,8 +38,8 @@ class FisherPosterior:
         residual: of the linear system for φ, relative, as far as the products can tell.
 
     Raises:
-        ValueError: a mean that the likelihood does not go with, a Fisher matrix that is a mean over examples, settings
-            out of range, observations that p(y | f) cannot take.
+        ValueError: a mean that the likelihood does not go with, a Fisher matrix that is a mean over examples or in less
+            than float32, settings out of range, observations that p(y | f) cannot take.
         MemoryError: the subspace cannot fit.
     """
 
@@ -66,6 +66,8 @@ class FisherPosterior:
             raise ValueError(f"expected at least one direction, got rank={rank} and block={block}.")
         self.lin, self.scale, self._zero = fisher.lin, outputscale, mean == "zero"
         lin, x = self.lin, fisher.x
+        if torch.finfo(lin.dtype).bits < 32:
+            raise ValueError(f"fisher: expected float32 or float64, for its decompositions; got {lin.dtype}.")
         p, itemsize = lin.num_params, lin.dtype.itemsize
         most = len(x) * fisher.outputs
         affordable = max(1, total_memory(lin.device) // (8 * 4 * p * itemsize))
@@ -73,7 +75,7 @@ class FisherPosterior:
         require_memory(4 * rank * p * itemsize, lin.device, f"A subspace of rank {rank:,}", "Use a smaller rank=.")
 
         m = self._prior_mean(x)
-        score = grad(lambda f: fisher.likelihood.log_prob(f, y).sum())(m)
+        score = grad(lambda f: fisher.likelihood.log_prob(f, y).sum())(m).detach()
         start = lin.vjp(x, score)[:, None]
         v, image, b = self._subspace(fisher, start, rank, min(block, rank), seed)
         # T = VᵀF V, symmetric but for the products' errors; its directions below rounding are none.
@@ -85,7 +87,7 @@ class FisherPosterior:
         self.residual = float(left.norm() / b.norm()) if b.any() else 0.0
         keep = values > torch.finfo(lin.dtype).eps * values.abs().max() * len(values)
         self.rank = int(keep.sum())
-        # [G; I] has G = s F V T^(-1/2), and its QR the part of the prior that the data take away: as krylov.Subspace.
+        # [G; I] has G = s² F V T^(-1/2), and its QR the part of the prior that the data take away: as krylov.Subspace.
         g = outputscale * (image @ (vectors[:, keep] / values[keep].sqrt()))
         stacked = torch.cat([g, torch.eye(self.rank, dtype=lin.dtype, device=lin.device)])
         self._c = torch.linalg.qr(stacked)[0][:p]

@@ -84,6 +84,9 @@ class FunctionalNetwork:
         """A dict like the parameters as one vector (p,), in the order of J's columns."""
         if tree.keys() != self.params.keys():
             raise ValueError(f"expected the entries {list(self.params)}, got {list(tree)}.")
+        for name, value in self.params.items():
+            if tree[name].shape != value.shape:
+                raise ValueError(f"{name}: expected shape {tuple(value.shape)}, got {tuple(tree[name].shape)}.")
         return torch.cat([tree[name].reshape(-1) for name in self.params])
 
     def unflatten(self, v: Float[Tensor, " p"]) -> dict[str, Tensor]:

@@ -203,6 +203,19 @@ def test_an_automatic_step_is_the_length_that_changes_the_outputs_by_their_size_
     )
 
 
+@pytest.mark.parametrize("method", DIFFERENCES)
+@pytest.mark.parametrize("left", [1e-9, 1e-12])
+def test_an_automatic_step_is_not_lost_in_the_rounding_of_the_parameters(method, left):
+    """An output that cancels: its size over its slope is 1e-9 or less, and θ + ε v̂ would be θ."""
+    net, x = small(1), randn(1, 3)
+    with torch.no_grad():
+        net[2].bias -= net(x)[0] - left
+    lin = Linearization(net)
+    v = lin.vjp(x, torch.ones(1, 1).double())
+    found = fisher_vector_product(lin, x, v, "gaussian", method)
+    assert error(found, fisher_vector_product(lin, x, v, "gaussian")) < 0.1  # at ε = u‖θ‖; it was 1, or 0 for a product
+
+
 @pytest.mark.parametrize(
     ("layer", "kinked"),
     [
@@ -540,6 +553,16 @@ def test_memory_is_bounded_in_n(method, k, monkeypatch):
     assert largest.size > x.numel()  # the counter works: 3 channels of 25 an example
 
 
+def test_samples_count_in_the_memory(monkeypatch):
+    net, x = small(), randn(400, 3)
+    v = randn(Linearization(net).num_params)
+    for module in (curvature, linearize):
+        monkeypatch.setattr(module, "working_memory", lambda device: 400_000)
+    with Largest() as largest:
+        monte_carlo_fisher_vector_product(net, x, v, samples=100)
+    assert largest.size < 400_000 // 8  # all draws at once: 120,000
+
+
 # ------------------------------------------------------------------ errors
 
 
@@ -547,6 +570,7 @@ def test_errors():
     net, x = small(), randn(5, 3)
     p = Linearization(net).num_params
     v, y = randn(p), torch.arange(5) % 3
+    tree = Linearization(net).unflatten(v)
     for call, message in (
         (lambda: fisher_vector_product(net, x, v, method="fast"), r"method: expected one of 'exact', .*got 'fast'"),
         (lambda: FisherOperator(net, x, method="fast"), r"method: expected one of 'exact', .*got 'fast'"),
@@ -558,6 +582,11 @@ def test_errors():
         (lambda: fisher_vector_product(net, x, v[None, None]), r"v: expected .*got \(1, 1, "),
         (lambda: fisher_vector_product(net, x, v.float()), r"v: expected torch.float64.*got torch.float32"),
         (lambda: fisher_vector_product(net, x, {"a": v}), r"expected the entries .*got \['a'\]"),
+        (
+            lambda: fisher_vector_product(net, x, {k: a.mT if a.ndim == 2 else a for k, a in tree.items()}),
+            r"0.weight: expected shape \(5, 3\), got \(3, 5\)",
+        ),
+        (lambda: empirical_fisher_vector_product(net, x.split(2), y, v), r"y: expected mini-batches .*got one tensor"),
         (lambda: fisher_vector_product(net, x, v, chunk_size=0), r"chunk_size: expected a positive number .*got 0"),
         (lambda: fisher_vector_product(net, [], v), r"x: expected at least one mini-batch, got none"),
         (lambda: fisher_vector_product(net, x.float(), v), r"x: expected torch.float64"),

@@ -5,10 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ntkbook import NTKGP, Linearization
+from ntkbook import NTKGP, FisherOperator, FisherPosterior, Linearization
 from ntkbook.experiments.networks import mlp
-from ntkbook.fisher import FisherOperator
-from ntkbook.fisher_posterior import FisherPosterior
 from ntkbook.likelihoods import Gaussian, get_likelihood
 
 
@@ -131,6 +129,19 @@ def test_several_outputs_and_shapes():
     assert torch.allclose(ours.variance(x), theirs.variance(x), rtol=0, atol=1e-10)
 
 
+def test_it_is_a_constant_whatever_is_learnt():
+    """No part of a gradient flows to the noise or the observations: a part would be a wrong one."""
+    net, (x, generator) = mlp([2, 5, 1], dtype=torch.float64), data(4, 2)
+    y = torch.randn(4, generator=generator, dtype=torch.float64)
+    noise = torch.tensor(0.3, dtype=torch.float64)
+    want = FisherPosterior(FisherOperator(net, x, Gaussian(noise)), y)
+    learnt = Gaussian(noise.clone().requires_grad_())
+    found = FisherPosterior(FisherOperator(net, x, learnt), y.clone().requires_grad_())
+    for ours, theirs in ((found.mean(x), want.mean(x)), (found.variance(x), want.variance(x))):
+        assert torch.equal(ours, theirs)
+        assert not ours.requires_grad
+
+
 def test_errors_say_what_was_expected():
     net, (x, _) = mlp([2, 5, 2], dtype=torch.float64), data(4, 2)
     y = torch.zeros(4, dtype=torch.long)
@@ -146,5 +157,7 @@ def test_errors_say_what_was_expected():
             FisherPosterior(fisher, y, **arguments)
     with pytest.raises(ValueError, match="sum"):
         FisherPosterior(FisherOperator(net, x, reduction="mean"), y)
+    with pytest.raises(ValueError, match=r"float64, .*got torch.bfloat16"):
+        FisherPosterior(fisher.to(torch.bfloat16), y)
     with pytest.raises(ValueError, match="classes"):
         FisherPosterior(fisher, y + 7)

@@ -5,6 +5,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ def product_costs(
     Returns:
         "gradient" and each method: the tried chunk sizes, and last the best one with its repetitions.
     """
-    lin = Linearization(net)
+    lin, net = Linearization(net), deepcopy(net)  # a copy, for what backward passes leave
     v = loss_gradient(lin, x, y, "categorical")
     device = lin.device
 
@@ -93,6 +94,8 @@ def product_costs(
         return lambda: fisher_vector_product(lin, x, v, method=method, chunk_size=size)
 
     sizes = [size for size in chunk_sizes if size <= len(x)]
+    if not sizes:
+        raise ValueError(f"chunk_sizes: expected one up to the {len(x)} examples, got {list(chunk_sizes)}.")
     gradient(max(sizes))  # what is done once only, done before
     costs: dict[str, list[Cost]] = {}
     for method in ("gradient", *methods):
@@ -116,16 +119,19 @@ def row_by_row(net: nn.Module, x: Tensor, v: Float[Tensor, " p"], rows: int) -> 
     The graph of the whole mini-batch is kept, and each of its n·o outputs asked for its gradient: J v and then Jᵀ u
     from them. What nobody should do, and what "autograd" may mean to somebody.
     """
-    names = [p for p in net.parameters() if p.requires_grad]
+    leaves = [p for p in net.parameters() if p.requires_grad]
     start = time.perf_counter()
     f = net(x)
+    _wait(x.device)
     forward = time.perf_counter() - start
     start = time.perf_counter()
-    for entry in f.flatten()[:rows]:
-        row = torch.cat([g.flatten() for g in torch.autograd.grad(entry, names, retain_graph=True)])
+    entries = f.flatten()[:rows]
+    for entry in entries:
+        gradients = torch.autograd.grad(entry, leaves, retain_graph=True, materialize_grads=True)
+        row = torch.cat([g.flatten() for g in gradients])
         row.mul_(row @ v)
     _wait(x.device)
-    return forward + (time.perf_counter() - start) / rows * f.numel()
+    return forward + (time.perf_counter() - start) / len(entries) * f.numel()
 
 
 def _wait(device: torch.device | str) -> None:
@@ -151,5 +157,5 @@ def _peak(device: torch.device | str) -> float:
 
 def _status(field: str) -> float:
     with suppress(OSError), open("/proc/self/status") as lines:
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+        return next((float(line.split()[1]) * 1024 for line in lines if line.startswith(field)), torch.nan)
     return torch.nan
