@@ -65,7 +65,7 @@ def probe(
         nonlocal saved
         if tensor.untyped_storage().data_ptr() not in weights:  # these are there once, whatever the examples
             saved += tensor.numel() * tensor.element_size()
-        return tensor
+        return tensor.detach()  # itself, saved by the operation that made it, would never be freed
 
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     weights = {value.untyped_storage().data_ptr() for value in leaves.values()}

@@ -1,6 +1,7 @@
 """Linearization against loops of autograd, torch.func and curvlinops; its errors; and that it changes nothing."""
 
 import copy
+import gc
 from itertools import pairwise
 
 import pytest
@@ -585,3 +586,23 @@ def test_memory_of_an_example_is_that_of_its_activations_and_not_of_the_weights(
     net = nn.Sequential(nn.Linear(300, 500), nn.Tanh(), nn.Linear(500, 500), nn.Tanh(), nn.Linear(500, 2)).double()
     _, memory = Linearization(net)._inspect(torch.zeros(1, 300, dtype=torch.float64))
     assert 8 * (300 + 500 + 500) <= memory <= 2 * 8 * (300 + 500 + 500)
+
+
+def test_calls_leave_no_tensors_behind():
+    """A graph whose saved tensors hold on to it is freed by nobody: each call would keep an example's pass forward."""
+
+    def alive():
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    for name in ("convolutions", "layer norm"):
+        net, x = build(name)
+        lin = Linearization(net)
+        u = lin.outputs(x)
+        calls = (lin.outputs, lin.gram, lin.diagonal, lin.jacobian, lambda x: lin.jvp(x, lin.vjp(x, u)))
+        for call in calls:
+            call(x)
+        before = alive()
+        for call in calls:
+            call(x)
+        assert alive() == before, name
