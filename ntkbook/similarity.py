@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 
 from ntkbook.checks import explained, outside_inference_mode
-from ntkbook.gram import LINEAR, Layer, LayerFeatures, find_layers, layer_features
+from ntkbook.layers import Layer, LayerFeatures, find_layers, gradient_rows, layer_features
 from ntkbook.likelihoods import Likelihood, get_likelihood
 from ntkbook.linearize import Linearization
 from ntkbook.memory import require_memory, working_memory
 
 Directions = Callable[[Float[Tensor, "n o"], Tensor | None], Float[Tensor, "r n o"]]
-KINDS: Mapping[type[nn.Module], int] = {**LINEAR, nn.Conv2d: 4}
+
 
 
 def fisher_diagonal(
