@@ -11,7 +11,6 @@ a rule stand side by side and are multiplied at once.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,7 @@
 """Layers whose gradients are known products: which parameters they hold, and the factors of those gradients.
 
-Every layer with a rule is brought to one form. Its calls in a forward pass make positions t, with inputs a_t and outputs
-z_t, in g groups; the gradient of output f of the network in group γ's weight is
+Every layer with a rule is brought to one form. Its calls in a forward pass make positions t, with inputs a_t and
+outputs z_t, in g groups; the gradient of output f of the network in group γ's weight is
 
     ∂f/∂W_γ = Σ_t d_γt a_γtᵀ,    d_γt = ∂f/∂z_γt.
 

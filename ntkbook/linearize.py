@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float
 from linear_operator import LinearOperator
 from torch import Tensor, nn
-from torch.func import vmap
 from torch.func import jvp as func_jvp
 from torch.func import vjp as func_vjp
+from torch.func import vmap
 
 from ntkbook.checks import explained, outside_inference_mode
 from ntkbook.functional import FunctionalNetwork
-from ntkbook.gram import FeatureMaker, Factors, Features, differentiable_gram, gram, gram_diagonal, stacked
+from ntkbook.gram import Factors, FeatureMaker, Features, differentiable_gram, gram, gram_diagonal, stacked
 from ntkbook.layers import find_layers, jacobian_rows, layer_features
 from ntkbook.memory import require_memory, total_memory, working_memory
 
@@ -235,7 +235,7 @@ class Linearization(FunctionalNetwork):
         return torch.stack([self._differentiable_rows(example, select) for example in x.split(1)])
 
     def _differentiable_features(self, x: Tensor, output: int | None, trace: bool) -> Features:
-        """Those of Linear layers on vectors, or else rows: second derivatives of other layers' are not to be trusted."""
+        """Those of Linear layers on vectors, or else rows: batched second derivatives of norms are not to be trusted."""
         layers, rest = find_layers(self.net, self._call, self.params, x[:1].detach())
         if layers and not rest and all(isinstance(layer.module, nn.Linear) for layer in layers):
             found = list(layer_features(self._call, layers, self.params, x, output))
@@ -270,7 +270,7 @@ class Linearization(FunctionalNetwork):
         return working_memory(self.device) + total_memory(self.device) // 8 if memory is None else memory
 
     def _pass_size(self, n: int, work: int, memory: int) -> int:
-        """How many of n examples to take through the network at a time. On a CPU fewer, which stays nearer the caches."""
+        """How many of n examples to take through the network at a time: on a CPU fewer, nearer the caches."""
         share = min(memory // 4, working_memory(self.device) // (4 if self.device.type == "cpu" else 1))
         return min(n, self.chunk_size or max(1, share // work))
 
