@@ -88,7 +88,7 @@ class FeatureMaker:
         call, params: the network as a function of parameters and inputs; the parameters that count.
         net: where its layers are.
         x, x2: the examples whose Gram matrix is wanted; x alone for its diagonal.
-        memory: bytes that autograd keeps of one example.
+        outputs, memory: how many outputs the network has, and bytes that autograd keeps of one example.
         output, trace: one output alone; all as one long row.
     """
 
@@ -99,6 +99,7 @@ class FeatureMaker:
         params: Mapping[str, Tensor],
         x: Tensor,
         x2: Tensor | None,
+        outputs: int,
         memory: int,
         output: int | None,
         trace: bool = False,
@@ -112,7 +113,7 @@ class FeatureMaker:
         else:
             others = shapes if x2.shape[1:] == x.shape[1:] else self._shapes(x2)
             self.ghosts = [prefers_ghost(one, two, len(x), len(x2)) for one, two in zip(shapes, others)]
-        o = call(params, x[:1].detach()).shape[1] if output is None else 1
+        o = outputs if output is None else 1
         p = sum(value.numel() for value in self.rest.values())
         self.outputs = 1 if trace else o
         self.columns = sum(shape.rows for shape, ghost in zip(shapes, self.ghosts) if not ghost)

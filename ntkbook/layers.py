@@ -123,15 +123,16 @@ def _look(
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     dtype = next(iter(leaves.values())).dtype
     modules = [layer.module for layer in layers]
-    with explained("gram"), torch.enable_grad(), _hooks(modules, note, cut):
-        outputs = call(leaves, x)
+    with explained("gram"), torch.enable_grad():
+        with _hooks(modules, note, cut):
+            outputs = call(leaves, x)
+        if calls and outputs.requires_grad:  # the first example depends on the first row of a plain call alone
+            weights = torch.arange(1, outputs.shape[1] + 1, dtype=outputs.dtype, device=outputs.device).cos()
+            shifts = [shift for *_, shift in calls]
+            derivatives = torch.autograd.grad((outputs[0] * weights).sum(), shifts, allow_unused=True)
+            odd.update(call[0] for call, d in zip(calls, derivatives) if d is not None and d.ndim and d[1:].any())
     odd.update(module for module, a, version, _ in calls if a._version != version)
     read = _leaves(outputs)
-    if calls and outputs.requires_grad:  # the first example depends on the first row of a plain call alone
-        weights = torch.arange(1, outputs.shape[1] + 1, dtype=outputs.dtype, device=outputs.device).cos()
-        shifts = [shift for *_, shift in calls]
-        derivatives = torch.autograd.grad((outputs[0] * weights).sum(), shifts, allow_unused=True)
-        odd.update(call[0] for call, d in zip(calls, derivatives) if d is not None and d.ndim and d[1:].any())
     return {name for name in leaves if id(leaves[name]) in read}, odd, {module for module, *_ in calls}
 
 

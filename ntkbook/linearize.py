@@ -168,7 +168,7 @@ class Linearization(FunctionalNetwork):
             right = left if x2 is None else self._differentiable_features(x2, output, trace)
             return differentiable_gram(left, right)
         memory = self._budget(memory)
-        maker = FeatureMaker(self.net, self._call, self.params, x, x if x2 is None else x2, saved, output, trace)
+        maker = FeatureMaker(self.net, self._call, self.params, x, x if x2 is None else x2, o, saved, output, trace)
         size = self._pass_size(max(shape) // per, maker.work, memory)
         out = x.new_zeros(shape, dtype=self.dtype)
         with torch.no_grad():
@@ -185,7 +185,7 @@ class Linearization(FunctionalNetwork):
         output = self._index(output, o)
         if _differentiable(x):
             return gram_diagonal(self._differentiable_features(x, output, False)).reshape(-1)
-        maker = FeatureMaker(self.net, self._call, self.params, x, None, saved, output)
+        maker = FeatureMaker(self.net, self._call, self.params, x, None, o, saved, output)
         size = self._pass_size(len(x), maker.work + 2 * maker.kept, self._budget(memory))
         with torch.no_grad():
             return torch.cat([gram_diagonal(maker(part, size)) for part in x.split(size)]).reshape(-1)
@@ -235,7 +235,7 @@ class Linearization(FunctionalNetwork):
         return torch.stack([self._differentiable_rows(example, select) for example in x.split(1)])
 
     def _differentiable_features(self, x: Tensor, output: int | None, trace: bool) -> Features:
-        """Those of Linear layers on vectors, or else rows: batched second derivatives of norms are not to be trusted."""
+        """Those of Linear layers on vectors, or else rows: batched second derivatives of norms are wrong."""
         layers, rest = find_layers(self.net, self._call, self.params, x[:1].detach())
         if layers and not rest and all(isinstance(layer.module, nn.Linear) for layer in layers):
             found = list(layer_features(self._call, layers, self.params, x, output))

@@ -1,4 +1,4 @@
-"""Networks of every kind that a linearisation must cope with; each with inputs, and which parameters have no layer rule."""
+"""Networks of every kind that a linearisation must cope with; each with inputs, and parameters without a layer rule."""
 
 from collections.abc import Callable
 from functools import partial
