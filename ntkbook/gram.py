@@ -219,7 +219,7 @@ class _Products:
     """Adds products of features to tiles of a result, in buffers that are there once."""
 
     def __init__(self, out: Tensor, tile: int) -> None:
-        self.buffers = [out.new_empty(max(TILE, tile)) for _ in range(2)]
+        self.buffers = [out.new_empty(max(min(TILE, out.numel()), tile)) for _ in range(2)]
 
     def square(self, features: Features, out: Float[Tensor, "r r"]) -> None:
         """The upper half of J Jᵀ (and what the squares on the diagonal have below)."""

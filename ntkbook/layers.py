@@ -311,6 +311,5 @@ def _leaves(outputs: Tensor) -> set[int]:
                 continue
             seen.add(parent)
             stack.append(parent)
-            if hasattr(parent, "variable"):
-                leaves.add(id(parent.variable))
+            leaves.add(id(getattr(parent, "variable", None)))
     return leaves

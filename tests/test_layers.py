@@ -16,8 +16,11 @@ from ntkbook.experiments.convnets import preresnet, wide_resnet
 from ntkbook.experiments.networks import lenet3, mlp
 from ntkbook.layers import find_layers, gradient_rows, layer_features
 
-# torch has no batched derivative of weight_norm, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+# torch says that it has no batched derivative of weight_norm, and that padding "same" of even kernels takes a copy.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+]
 TOLERANCE = 1e-12  # of the largest entry, in float64
 
 
