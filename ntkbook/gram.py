@@ -21,7 +21,7 @@ from ntkbook.layers import Call, LayerFeatures, find_layers, gradient_rows, jaco
 
 PASS = 16
 """How many multiply-adds of a matrix product take as long as one number of an elementwise pass, on most machines."""
-TILE = 2**19
+TILE = 2**20
 """Numbers of the result that are worked on at a time, so that elementwise passes stay in the cache."""
 LEAF = 128
 """Rows of the squares on the diagonal whose lower halves are computed too."""
@@ -123,7 +123,8 @@ class FeatureMaker:
         kept = sum(numbers for numbers, ghost in zip(factors, self.ghosts) if ghost) + self.outputs * self.columns
         self.kept = max(1, kept * itemsize)
         """Bytes of an example's features."""
-        largest = max([2 * f + shape.o * shape.rows for f, shape in zip(factors, shapes)], default=0)
+        made = [0 if ghost else shape.o * shape.rows for shape, ghost in zip(shapes, self.ghosts)]
+        largest = max([2 * numbers + rows for numbers, rows in zip(factors, made)], default=0)
         self.work = 2 * (1 + o) * memory + itemsize * max(largest, 3 * o * p)
         """Bytes an example takes while its features are made: activations, o derivatives of each, a layer's factors
         and rows; or torch's rows of the rest with copies."""

@@ -251,8 +251,7 @@ def test_which_parameters_go_by_rule(name):
     layers, rest = find_layers(net, lin._call, lin.params, x[:1])
     ruled = [parameter for layer in layers for parameter in layer.parameters]
     assert tuple(rest) == NETWORKS[name][2]
-    unused = {"layer.bias"} if name == "traded" else set()
-    assert sorted(ruled + rest) == sorted(set(lin.params) - unused)
+    assert sorted(ruled + rest) == sorted(lin.params)
 
 
 @pytest.mark.parametrize("name", ["lenet", "depthwise", "two sizes", "transformer", "norms", "series"])
