@@ -173,10 +173,10 @@ def gram(maker: FeatureMaker, x: Tensor, x2: Tensor | None, out: Float[Tensor, "
     symmetric = x2 is None
     x2 = x if x2 is None else x2
     n, m, o = len(x), len(x2), maker.outputs
-    fit = max(2, room // maker.kept)
+    products = _Products(out, maker.tile)
+    fit = max(2, (room - products.nbytes) // maker.kept)
     narrow = 0 if symmetric and n <= fit else min(m, max(1, fit // 4))
     wide = min(n, fit - narrow)
-    products = _Products(out, maker.tile)
     right = None
     for start in range(0, n, wide):
         left = maker(x[start : start + wide], size)
@@ -221,6 +221,7 @@ class _Products:
 
     def __init__(self, out: Tensor, tile: int) -> None:
         self.buffers = [out.new_empty(max(min(TILE, out.numel()), tile)) for _ in range(2)]
+        self.nbytes = sum(buffer.nbytes for buffer in self.buffers)
 
     def square(self, features: Features, out: Float[Tensor, "r r"]) -> None:
         """The upper half of J Jᵀ (and what the squares on the diagonal have below)."""

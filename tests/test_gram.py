@@ -167,7 +167,7 @@ def test_memory_stays_within_what_is_given(name, what):
     memory = 40 * 2**20
     run = [sys.executable, "-c", PEAK, name, what, str(memory)]
     took = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
-    assert took < memory + 16 * 2**20  # torch's own buffers, and heaps that are not given back
+    assert took < memory + 24 * 2**20  # torch's own buffers, and heaps that are not given back
 
 
 @pytest.mark.parametrize("memory", [1, 3_000, 30_000, 10**9])
