@@ -187,9 +187,9 @@ def layer_features(
             d = derivatives.pop()
             d = shift.new_zeros(k, *shift.shape) if d is None else d.reshape(k, *shift.shape)
             parts.append(_derivatives(module, d.transpose(0, 1)))
-        d, calls = torch.cat(parts, dim=3), inputs.pop(id(module))
+        d, calls = _joined(parts, 3), inputs.pop(id(module))
         if layer.weight:
-            yield LayerFeatures(layer, torch.cat([_inputs(module, a, layer.bias) for a in calls], dim=2), d)
+            yield LayerFeatures(layer, _joined([_inputs(module, a, layer.bias) for a in calls], 2), d)
         else:  # the bias alone: one position, whose derivative is the sum
             yield LayerFeatures(layer, d.new_ones(len(d), 1, 1, 1), d.sum(3).flatten(2)[:, :, None, None])
 
@@ -268,6 +268,10 @@ def _patches(module: nn.Conv1d | nn.Conv2d, a: Tensor) -> Float[Tensor, "n i t"]
     if isinstance(module, nn.Conv1d):
         a, kernel, dilation, stride = a[:, :, None], (1, *kernel), (1, *dilation), (1, *stride)
     return F.unfold(a, kernel, dilation, 0, stride)  # pyright: ignore[reportArgumentType]
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 def _derivatives(module: nn.Module, d: Float[Tensor, "n o *z"]) -> Float[Tensor, "n o g t z"]:
