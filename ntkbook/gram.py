@@ -1,224 +1,301 @@
-"""Gram matrices of Jacobians, layer by layer, without a Jacobian.
+"""Gram matrices J J₂ᵀ of Jacobians, layer by layer, without a Jacobian where that is cheaper.
 
-A Linear layer that runs once per example, on a vector a and with output z = W a + b, gives output c of the
-network the derivatives d f_c/dW = d aᵀ and d f_c/db = d, where d = d f_c/dz. Its share of J Jᵀ is therefore
+With the factors of `ntkbook.layers`, a layer's share for two examples with derivatives d, d′ and inputs a, a′ is
 
-    (D Dᵀ) ∘ (A Aᵀ + 1),
+    Σ_tt′ (d_t · d′_t′)(a_t · a′_t′),
 
-with A (n, in) the layer's inputs, D (n·o, out) the derivatives of the outputs, A Aᵀ repeated over output blocks, and
-the 1 only with a bias: O(n²(o² out + in)) operations, and no object of the size of the parameters.
+the ghost product: no object of the size of the parameters. With one position (a Linear on a vector) it is
+(D Dᵀ) ∘ (A Aᵀ) for all examples. Where positions are many and the weight is small, rows of the Jacobian in that layer's
+parameters, Σ_t d_t a_tᵀ, are cheaper: `prefers_ghost` counts. The rows of all such layers and of the parameters without
+a rule stand side by side and are multiplied at once.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-Call = Callable[[Mapping[str, Tensor], Tensor], Float[Tensor, "n o"]]
-LINEAR: Mapping[type[nn.Module], int] = {nn.Linear: 2}
-"""The modules with a rule for Gram matrices, and how many dimensions their inputs have under it."""
+from ntkbook.layers import Call, LayerFeatures, find_layers, gradient_rows, jacobian_rows, layer_features
+
+PASS = 16
+"""How many multiply-adds of a matrix product take as long as one number of an elementwise pass, on most machines."""
+TILE = 2**20
+"""Numbers of the result that are worked on at a time, so that elementwise passes stay in the cache."""
+LEAF = 128
+"""Rows of the squares on the diagonal whose lower halves are computed too."""
 
 
-class Layer(NamedTuple):
-    """A Linear layer (or a convolution, for `similarity`), and which of its parameters are linearised in."""
+class Factors(NamedTuple):
+    """A layer's inputs and derivatives, for the ghost product."""
 
-    module: nn.Linear | nn.Conv2d
-    weight: bool
-    bias: bool
-
-
-class LayerFeatures(NamedTuple):
-    """What a layer contributes to the Jacobian: its inputs A and the outputs' derivatives D."""
-
-    layer: Layer
-    inputs: Float[Tensor, "n *i"]
-    derivatives: Float[Tensor, "n o *z"]
+    inputs: Shaped[Tensor, "n g t i"]
+    derivatives: Float[Tensor, "n o g t z"]
 
 
-Features = list[LayerFeatures] | Float[Tensor, "n o p"]
-"""What a chunk of examples contributes: its layers' features, or its Jacobian's rows where no layer rule applies."""
+class Features(NamedTuple):
+    """What examples contribute to a Gram matrix: layers' factors, and rows of the Jacobian in all other parameters."""
+
+    factors: list[Factors]
+    rows: Float[Tensor, "n o q"]
+
+    def part(self, start: int, stop: int) -> "Features":
+        cut = [Factors(a[start:stop], d[start:stop]) for a, d in self.factors]
+        return Features(cut, self.rows[start:stop])
 
 
-def find_layers(
-    net: nn.Module,
-    call: Call,
-    params: Mapping[str, Tensor],
-    example: Tensor,
-    kinds: Mapping[type[nn.Module], int] = LINEAR,
-) -> list[Layer] | None:
-    """The layers of these kinds that hold `params`, or None where the layer rule does not apply.
+class Shape(NamedTuple):
+    """Of a layer's features: outputs, groups, positions, inputs, and derivatives; entries of a group's weight are
+    columns · z, where an embedding's columns are its words and its inputs one number each."""
 
-    It applies when every parameter belongs to a plain Linear that runs at most once, on one vector per example
-    (another kind: on one input of so many dimensions, the batch's among them), and when nothing else reads its
-    weights. The last is read off the autograd graph of `call`: each parameter must enter it exactly once, which a tied
-    or functionally used weight does not. Both are looked at twice, for the example (1, ...) alone and beside itself: an
-    input that does not depend on the batch has as many rows as one of the two, not as both.
+    o: int
+    g: int
+    t: int
+    i: int
+    z: int
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        return self.g * self.z * self.columns
+
+
+def prefers_ghost(one: Shape, two: Shape, n: int, m: int) -> bool:
+    """Whether the ghost product takes fewer multiply-adds than rows, per pair of n and m examples of these shapes.
+
+    Rows have to be made first, once an example: that is shared between its pairs.
     """
-    layers: list[Layer] = []
-    names: dict[str, nn.Module] = {}
-    for name, module in net.named_modules():
-        own = {kind: f"{name}.{kind}" if name else kind for kind in ("weight", "bias")}
-        used = {kind: own[kind] for kind in own if own[kind] in params}
-        touched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        if used and type(module) in kinds and not touched:
-            assert isinstance(module, nn.Linear | nn.Conv2d)
-            layers.append(Layer(module, "weight" in used, "bias" in used))
-            names.update(dict.fromkeys(used.values(), module))
-    if names.keys() != params.keys():
-        return None
-
-    called = _called_once(call, params, names, example, kinds)
-    if called is None or called != _called_once(call, params, names, torch.cat([example] * 2), kinds):
-        return None
-    return [layer for layer in layers if id(layer.module) in called] or None
+    o, g, t, i, z, _ = one
+    ghost = g * t * two.t * (i + o * o * (z + PASS))
+    return ghost < o * o * one.rows + _making(one) / m + _making(two) / n
 
 
-def _called_once(
-    call: Call,
-    params: Mapping[str, Tensor],
-    names: Mapping[str, nn.Module],
-    x: Tensor,
-    kinds: Mapping[type[nn.Module], int],
-) -> set[int] | None:
-    """The ids of the modules that run on x (n, ...), or None unless each runs once, alone reading its parameters."""
-    calls: dict[int, tuple[Tensor, int]] = {}
-    regular = True
-
-    def note(module: nn.Module, args: tuple, output: Tensor) -> None:
-        nonlocal regular
-        regular &= id(module) not in calls and len(args) == 1
-        if regular:
-            regular = args[0].ndim == kinds[type(module)] and len(args[0]) == len(x)
-            calls[id(module)] = args[0], args[0]._version
-
-    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-    with torch.enable_grad(), _hooks(list(dict.fromkeys(names.values())), note):
-        outputs = call(leaves, x)
-    if not regular or any(a._version != version for a, version in calls.values()):  # called oddly; input overwritten
-        return None
-    uses = _count_uses(outputs)
-    if any(uses[id(leaves[name])] > (id(module) in calls) for name, module in names.items()):
-        return None
-    return set(calls)
+def prefers_ghost_alone(shape: Shape) -> bool:
+    """The same for examples' products with themselves, an output at a time."""
+    o, g, t, i, z, _ = shape
+    return g * t * t * (i + o * (z + PASS)) < _making(shape)
 
 
-def layer_features(
-    call: Call,
-    layers: list[Layer],
-    params: Mapping[str, Tensor],
-    x: Tensor,
-    output: int | None = None,
-    directions: Callable[[Float[Tensor, "n o"]], Float[Tensor, "k n o"]] | None = None,
-) -> list[LayerFeatures]:
-    """Run the network on x (n, ...) and return each layer's inputs and derivatives, of all outputs or of one.
+def _making(shape: Shape) -> int:
+    return shape.o * (shape.g * shape.t * shape.i * shape.z + PASS * shape.rows)
 
-    With `directions`, a function of the outputs f, the derivatives are those of the k products of f with its value.
-    Differentiable in x if x requires a gradient.
+
+class FeatureMaker:
+    """Makes the features of examples: their layers', where rules hold, and rows of the Jacobian for the rest.
+
+    Args:
+        call, params: the network as a function of parameters and inputs; the parameters that count.
+        net: where its layers are.
+        x, x2: the examples whose Gram matrix is wanted; x alone for its diagonal.
+        outputs, memory: how many outputs the network has, and bytes that autograd keeps of one example.
+        output, trace: one output alone; all as one long row.
     """
-    differentiable = x.requires_grad and torch.is_grad_enabled()
-    inputs: dict[int, Tensor] = {}
-    shifts: dict[int, Tensor] = {}
 
-    def tap(module: nn.Module, args: tuple, z: Tensor) -> Tensor:
-        # df/dz is the derivative by a shift of z by zero: right also where an in-place activation overwrites z.
-        inputs[id(module)], shifts[id(module)] = args[0], torch.zeros_like(z, requires_grad=True)
-        return z + shifts[id(module)]
-
-    with torch.enable_grad(), _hooks([layer.module for layer in layers], tap):
-        f = call(params, x)
-        basis = directions(f.detach()) if directions else _units(f, output)
-        k = len(basis)
-        wanted = [shifts[id(layer.module)] for layer in layers]
-        if f.requires_grad:
-            derivatives = torch.autograd.grad(
-                f,
-                wanted,
-                basis if k > 1 else basis[0],
-                is_grads_batched=k > 1,
-                create_graph=differentiable,
-                allow_unused=True,
-            )
+    def __init__(
+        self,
+        net: nn.Module,
+        call: Call,
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        x2: Tensor | None,
+        outputs: int,
+        memory: int,
+        output: int | None,
+        trace: bool = False,
+    ) -> None:
+        self.call, self.params, self.output, self.trace = call, params, output, trace
+        self.layers, rest = find_layers(net, call, params, x[:1].detach())
+        self.rest = {name: params[name] for name in rest}
+        shapes = self._shapes(x)
+        if x2 is None:
+            self.ghosts = [prefers_ghost_alone(shape) for shape in shapes]
         else:
-            derivatives = [None] * len(wanted)
+            others = shapes if x2.shape[1:] == x.shape[1:] else self._shapes(x2)
+            self.ghosts = [prefers_ghost(one, two, len(x), len(x2)) for one, two in zip(shapes, others)]
+        o = outputs if output is None else 1
+        p = sum(value.numel() for value in self.rest.values())
+        self.outputs = 1 if trace else o
+        self.columns = sum(shape.rows for shape, ghost in zip(shapes, self.ghosts) if not ghost)
+        self.columns += p * (o if trace else 1)
+        itemsize = next(iter(params.values())).element_size()
+        factors = [shape.g * shape.t * (shape.i + shape.o * shape.z) for shape in shapes]
+        kept = sum(numbers for numbers, ghost in zip(factors, self.ghosts) if ghost) + self.outputs * self.columns
+        self.kept = max(1, kept * itemsize)
+        """Bytes of an example's features."""
+        made = [0 if ghost else shape.o * shape.rows for shape, ghost in zip(shapes, self.ghosts)]
+        largest = max([2 * numbers + rows for numbers, rows in zip(factors, made)], default=0)
+        self.work = 2 * (1 + o) * memory + itemsize * max(largest, 3 * o * p)
+        """Bytes an example takes while its features are made: activations, o derivatives of each, a layer's factors
+        and rows; or torch's rows of the rest with copies."""
+        self.tile = max([(s.o * s.t) ** 2 for s, ghost in zip(shapes, self.ghosts) if ghost], default=1)
 
-    features = []
-    for layer, z, d in zip(layers, wanted, derivatives):
-        a = inputs[id(layer.module)]
-        d = z.new_zeros(k, *z.shape) if d is None else d.reshape(k, *z.shape)
-        features.append(LayerFeatures(layer, a if differentiable else a.detach(), d.transpose(0, 1)))
-    return features
+    def _shapes(self, x: Tensor) -> list[Shape]:
+        shapes = []
+        for feature in self._layer_features(x[:1].detach()):
+            (_, g, t, i), (_, o, *_, z) = feature.inputs.shape, feature.derivatives.shape
+            module, embeds = feature.layer.module, not feature.inputs.is_floating_point()
+            shapes.append(Shape(o, g, t, i, z, module.num_embeddings if embeds else i))  # pyright: ignore[reportArgumentType]
+        return shapes
+
+    def _layer_features(self, x: Tensor):
+        for layer, a, d in layer_features(self.call, self.layers, self.params, x, self.output):
+            yield LayerFeatures(layer, a, stacked(d) if self.trace else d)
+
+    def __call__(self, x: Float[Tensor, "n ..."] | Shaped[Tensor, "n ..."], size: int) -> Features:
+        """The features of x (n, ...), made of `size` examples at a time."""
+        n = len(x)
+        rows = next(iter(self.params.values())).new_empty(n, self.outputs, self.columns)
+        factors: list[Factors] = []
+        for start in range(0, n, size):
+            part, here, column, number = x[start : start + size].detach(), slice(start, start + size), 0, 0
+            for feature, ghost in zip(self._layer_features(part), self.ghosts):
+                if ghost:
+                    if start == 0:
+                        factors.append(Factors(*(v.new_empty(n, *v.shape[1:]) for v in feature[1:])))
+                    factors[number].inputs[here], factors[number].derivatives[here] = feature[1:]
+                    number += 1
+                else:
+                    gradients = gradient_rows(feature).flatten(2)
+                    rows[here, :, column : column + gradients.shape[2]] = gradients
+                    column += gradients.shape[2]
+            if self.rest:
+                gradients = jacobian_rows(self.call, self.rest, self.params, part, self.output)
+                rows[here, :, column:] = gradients.reshape(len(part), self.outputs, -1)
+        return Features(factors, rows)
 
 
-def gram_block(
-    left: Features,
-    right: list[LayerFeatures] | Float[Tensor, "m o p"],
-    out: Float[Tensor, "r c"],
-    trace: bool = False,
-) -> None:
-    """Add J₁ J₂ᵀ of two chunks to `out`: (n·o, m·o), or (n, m), summed over outputs, with `trace`."""
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        rows = (1, 2) if trace else (0, 1)
-        out += left.flatten(*rows) @ right.flatten(*rows).T
-        return
-    assert isinstance(left, list)
-    assert isinstance(right, list)
-    for one, two in zip(left, right):
-        n, o, _ = one.derivatives.shape
-        m = len(two.derivatives)
-        shared = one.inputs @ two.inputs.T if one.layer.weight else out.new_zeros(n, m)
-        shared = shared + 1 if one.layer.bias else shared
-        rows = (n, -1) if trace else (n * o, -1)
-        products = one.derivatives.reshape(rows) @ two.derivatives.reshape(m if trace else m * o, -1).T
-        if trace:
-            out.addcmul_(products, shared)
-        else:
-            out.view(n, o, m, o).addcmul_(products.view(n, o, m, o), shared[:, None, :, None])
+def gram(maker: FeatureMaker, x: Tensor, x2: Tensor | None, out: Float[Tensor, "r c"], size: int, room: int) -> None:
+    """Add J(x) J(x2)ᵀ to `out`, of zeros: with `room` bytes for features, made of `size` examples at a time.
+
+    Where the features of all examples do not fit, x is taken in parts, and those of x2 are made again for each part.
+    """
+    symmetric = x2 is None
+    x2 = x if x2 is None else x2
+    n, m, o = len(x), len(x2), maker.outputs
+    products = _Products(out, maker.tile)
+    fit = max(2, (room - products.nbytes) // maker.kept)
+    narrow = 0 if symmetric and n <= fit else min(m, max(1, fit // 4))
+    wide = min(n, fit - narrow)
+    right = None
+    for start in range(0, n, wide):
+        left = maker(x[start : start + wide], size)
+        here = slice(start * o, (start + wide) * o)
+        if symmetric:
+            products.square(left, out[here, here])
+        for first in range(start + wide if symmetric else 0, m, max(1, narrow)):
+            if right is None or symmetric or narrow < m:
+                right = maker(x2[first : first + narrow], size)
+            products.add(left, right, out[here, first * o : (first + narrow) * o])
+    if symmetric:
+        _mirror(out)
 
 
 def gram_diagonal(features: Features) -> Float[Tensor, "n o"]:
     """The diagonal of J Jᵀ: every row's squared norm."""
-    if isinstance(features, Tensor):
-        return features.square().sum(-1)
-    total = features[0].derivatives.new_zeros(features[0].derivatives.shape[:2])
-    for layer, a, d in features:
-        squares = a.square().sum(1) * layer.weight + layer.bias
-        total = total + d.square().sum(2) * squares[:, None]
+    total = features.rows.square().sum(-1)
+    for a, d in features.factors:
+        shared = _same(a, a).to(d.dtype) if not a.is_floating_point() else a @ a.mT
+        total += ((d @ d.mT) * shared[:, None]).sum((2, 3, 4))
     return total
 
 
-def _units(f: Float[Tensor, "n o"], output: int | None) -> Float[Tensor, "k n o"]:
-    """Every output alone, or one."""
-    units = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)[:, None].expand(-1, len(f), -1)
-    return units if output is None else units[output, None]
+def differentiable_gram(left: Features, right: Features) -> Float[Tensor, "r c"]:
+    """J₁ J₂ᵀ with a graph behind it, of rows or of layers with one position."""
+    total = left.rows.flatten(0, 1) @ right.rows.flatten(0, 1).T
+    for (a, d), (a2, d2) in zip(left.factors, right.factors):
+        (n, o, *_), (m, o2, *_) = d.shape, d2.shape
+        products = d.reshape(n * o, -1) @ d2.reshape(m * o2, -1).T
+        shared = a.flatten(1) @ a2.flatten(1).T
+        total = total + (products.view(n, o, m, o2) * shared[:, None, :, None]).view_as(total)
+    return total
 
 
-@contextmanager
-def _hooks(modules: list[nn.Module], hook: Callable) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def stacked(d: Float[Tensor, "n o g t z"]) -> Float[Tensor, "n 1 g t oz"]:
+    """All outputs' derivatives as those of one, so that products are sums over outputs."""
+    return d.permute(0, 2, 3, 1, 4).flatten(3)[:, None]
 
 
-def _count_uses(outputs: Tensor) -> Counter[int]:
-    """How often each leaf enters the graph of `outputs`, by id."""
-    uses: Counter[int] = Counter()
-    seen, stack = set(), [outputs.grad_fn] if outputs.grad_fn is not None else []
-    while stack:
-        node = stack.pop()
-        for parent, _ in node.next_functions:
-            if parent is None:
-                continue
-            leaf = getattr(parent, "variable", None)
-            if leaf is not None:
-                uses[id(leaf)] += 1
-            elif parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return uses
+class _Products:
+    """Adds products of features to tiles of a result, in buffers that are there once."""
+
+    def __init__(self, out: Tensor, tile: int) -> None:
+        self.buffers = [out.new_empty(max(min(TILE, out.numel()), tile)) for _ in range(2)]
+        self.nbytes = sum(buffer.nbytes for buffer in self.buffers)
+
+    def square(self, features: Features, out: Float[Tensor, "r r"]) -> None:
+        """The upper half of J Jᵀ (and what the squares on the diagonal have below)."""
+        n, o, _ = features.rows.shape
+        if n * o <= LEAF or n == 1:
+            self.add(features, features, out)
+            return
+        half = _half(n)
+        one, two = features.part(0, half), features.part(half, n)
+        self.square(one, out[: half * o, : half * o])
+        self.square(two, out[half * o :, half * o :])
+        self.add(one, two, out[: half * o, half * o :])
+
+    def add(self, left: Features, right: Features, out: Float[Tensor, "r c"]) -> None:
+        (n, o, q), m = left.rows.shape, len(right.rows)
+        if out.numel() > TILE and max(n, m) > 1:
+            if n > m:
+                half = _half(n)
+                self.add(left.part(0, half), right, out[: half * o])
+                self.add(left.part(half, n), right, out[half * o :])
+            else:
+                half = _half(m)
+                self.add(left, right.part(0, half), out[:, : half * o])
+                self.add(left, right.part(half, m), out[:, half * o :])
+            return
+        if q:
+            out.addmm_(left.rows.view(n * o, q), right.rows.view(m * o, q).T)
+        for one, two in zip(left.factors, right.factors):
+            self._ghost(one, two, out.view(n, o, m, o))
+
+    def _ghost(self, one: Factors, two: Factors, out: Float[Tensor, "n o m o"]) -> None:
+        (n, o, g, t, z), (m, *_, t2, _) = one.derivatives.shape, two.derivatives.shape
+        if n * m * o * o * t * t2 > len(self.buffers[0]):
+            if n > m:
+                for here in (slice(0, _half(n)), slice(_half(n), n)):
+                    self._ghost(Factors(*(v[here] for v in one)), two, out[here])
+            else:
+                for here in (slice(0, _half(m)), slice(_half(m), m)):
+                    self._ghost(one, Factors(*(v[here] for v in two)), out[:, :, here])
+            return
+        for group in range(g):
+            (a, d), (a2, d2) = ((f.inputs[:, group], f.derivatives[:, :, group]) for f in (one, two))
+            products = self._product(0, d.reshape(n * o * t, z), d2.reshape(m * o * t2, z))
+            if a.is_floating_point():
+                shared = self._product(1, a.reshape(n * t, -1), a2.reshape(m * t2, -1))
+            else:
+                shared = _same(a.reshape(n * t, 1), a2.reshape(m * t2, 1)).to(out.dtype)
+            if t == t2 == 1:
+                shared = shared[:, :, None].expand(n, m, o).reshape(n, 1, m * o)  # so that inner loops are long
+                out.view(n, o, m * o).addcmul_(products.view(n, o, m * o), shared)
+            else:
+                products = products.view(n, o, t, m, o, t2).mul_(shared.view(n, 1, t, m, 1, t2))
+                out += products.sum((2, 5))
+
+    def _product(self, number: int, left: Float[Tensor, "a k"], right: Float[Tensor, "b k"]) -> Float[Tensor, "a b"]:
+        a, b = len(left), len(right)
+        return torch.mm(left, right.T, out=self.buffers[number][: a * b].view(a, b))
+
+
+def _same(tokens: Tensor, others: Tensor) -> Tensor:
+    """Products of unit vectors, given by the places of their ones, (..., t, 1) and (..., t2, 1)."""
+    return tokens == others.mT
+
+
+def _half(n: int) -> int:
+    """The middle; a round number where that is near."""
+    return (n // 2 + 32) // 64 * 64 if n >= 256 else n // 2
+
+
+def _mirror(out: Float[Tensor, "r r"], block: int = 256) -> None:
+    """Copy the upper half to the lower."""
+    for start in range(0, len(out), block):
+        stop = min(start + block, len(out))
+        square = out[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+        for first in range(stop, len(out), block):
+            out[first : first + block, start:stop] = out[start:stop, first : first + block].T

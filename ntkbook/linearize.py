@@ -6,14 +6,15 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from linear_operator import LinearOperator
-from torch import Tensor
-from torch.func import jacrev, vmap
+from torch import Tensor, nn
 from torch.func import jvp as func_jvp
 from torch.func import vjp as func_vjp
+from torch.func import vmap
 
 from ntkbook.checks import explained, outside_inference_mode
 from ntkbook.functional import FunctionalNetwork
-from ntkbook.gram import find_layers, gram_block, gram_diagonal, layer_features
+from ntkbook.gram import Factors, FeatureMaker, Features, differentiable_gram, gram, gram_diagonal, stacked
+from ntkbook.layers import find_layers, jacobian_rows, layer_features
 from ntkbook.memory import require_memory, total_memory, working_memory
 
 
@@ -128,14 +129,26 @@ class Linearization(FunctionalNetwork):
 
     @outside_inference_mode
     def gram(
-        self, x: Tensor, x2: Tensor | None = None, *, output: int | None = None, trace: bool = False
+        self,
+        x: Tensor,
+        x2: Tensor | None = None,
+        *,
+        output: int | None = None,
+        trace: bool = False,
+        memory: int | None = None,
     ) -> Float[Tensor, "rows columns"]:
-        """The finite neural tangent kernel J(x) J(x2)ᵀ (Section 2.1), layer by layer where the network allows it.
+        """The finite neural tangent kernel J(x) J(x2)ᵀ (Section 2.1), layer by layer.
+
+        Every kind of layer in `ntkbook.layers` has a rule, and the cheaper of two ways is counted out for each; the
+        parameters without one go by rows of the Jacobian. Where x or x2 requires a gradient, the rule is that of
+        Linear layers on vectors, or none.
 
         Args:
             x: (n, ...); x2: (m, ...), x itself unless given: then only one half is computed.
             output: one output's kernel alone, (n, m).
             trace: the sum of the outputs' kernels, (n, m).
+            memory: bytes to use beside the result, at least what two examples need; from the machine's unless given.
+                More of it means fewer passes through the network where the features of all examples do not fit.
 
         Returns:
             (n·o, m·o), row i·o + c for example i and output c. Differentiable in x and x2 if they require
@@ -143,40 +156,39 @@ class Linearization(FunctionalNetwork):
         """
         if trace and output is not None:
             raise ValueError("output and trace: give one of them; trace sums over all outputs.")
-        o, memory = self._inspect(x)
+        o, saved = self._inspect(x)
         if x2 is not None:
             self._inspect(x2)
         output = self._index(output, o)
         per = o if output is None and not trace else 1  # rows of the result an example
-        symmetric = x2 is None
-        x2 = x if x2 is None else x2
-        shape = (len(x) * per, len(x2) * per)
+        shape = (len(x) * per, len(x if x2 is None else x2) * per)
         self._require_room(shape, "The Gram matrix", "Use fewer points, or one output.")
+        if _differentiable(x, *([] if x2 is None else [x2])):
+            left = self._differentiable_features(x, output, trace)
+            right = left if x2 is None else self._differentiable_features(x2, output, trace)
+            return differentiable_gram(left, right)
+        memory = self._budget(memory)
+        maker = FeatureMaker(self.net, self._call, self.params, x, x if x2 is None else x2, o, saved, output, trace)
+        size = self._pass_size(max(shape) // per, maker.work, memory)
         out = x.new_zeros(shape, dtype=self.dtype)
-        features, size, held = self._features(x, max(len(x), len(x2)), o, memory, output)
-        for first in range(0, len(x), size * held):
-            left = {i: features(x[i : i + size]) for i in range(first, min(first + size * held, len(x)), size)}
-            for j in range(first if symmetric else 0, len(x2), size):
-                right = left[j] if symmetric and j in left else features(x2[j : j + size])
-                for i in left:
-                    if symmetric and i > j:
-                        continue
-                    rows, columns = slice(i * per, (i + size) * per), slice(j * per, (j + size) * per)
-                    gram_block(left[i], right, out[rows, columns], trace)
-                    if symmetric and i != j:
-                        out[columns, rows] = out[rows, columns].T
+        with torch.no_grad():
+            gram(maker, x, x2, out, size, memory - size * maker.work)
         return out
 
     @outside_inference_mode
-    def diagonal(self, x: Tensor, *, output: int | None = None) -> Float[Tensor, " rows"]:
-        """The diagonal of J(x) J(x)ᵀ: the squared norms of the outputs' gradients, (n·o,), or one output's, (n,)."""
-        o, memory = self._inspect(x)
-        features, size, _ = self._features(x, len(x), o, memory, self._index(output, o))
-        norms = []
-        for start in range(0, len(x), size):
-            part = features(x[start : start + size])
-            norms.append(gram_diagonal(part))
-        return torch.cat(norms).reshape(-1)
+    def diagonal(self, x: Tensor, *, output: int | None = None, memory: int | None = None) -> Float[Tensor, " rows"]:
+        """The diagonal of J(x) J(x)ᵀ: the squared norms of the outputs' gradients, (n·o,), or one output's, (n,).
+
+        `memory` as for `gram`.
+        """
+        o, saved = self._inspect(x)
+        output = self._index(output, o)
+        if _differentiable(x):
+            return gram_diagonal(self._differentiable_features(x, output, False)).reshape(-1)
+        maker = FeatureMaker(self.net, self._call, self.params, x, None, o, saved, output)
+        size = self._pass_size(len(x), maker.work + 2 * maker.kept, self._budget(memory))
+        with torch.no_grad():
+            return torch.cat([gram_diagonal(maker(part, size)) for part in x.split(size)]).reshape(-1)
 
     def operator(self, x: Tensor, x2: Tensor | None = None) -> LinearOperator:
         """J(x) J(x2)ᵀ, (n·o, m·o), as a `linear_operator.LinearOperator` that is never formed.
@@ -216,36 +228,22 @@ class Linearization(FunctionalNetwork):
             )
         self._one_derivative = True
 
-    def _features(self, x: Tensor, n: int, o: int, memory: int, output: int | None):
-        """What a Gram block is made from: a function of a chunk of examples that gives its layers' features, or its
-        Jacobian's rows (n, o, p) where no layer rule applies; the chunk size; how many chunks to keep at once."""
-        layers = find_layers(self.net, self._call, self.params, x[:1].detach())
-        o = o if output is None else 1
-        itemsize = next(iter(self.params.values())).element_size()
-        if layers is None:
-            size = self._size(n, self._jacobian_bytes(o, memory))
-            kept = o * self.num_params * itemsize
-            features = partial(self._jacobian_chunk, output=output)
-        else:
-            sizes = [layer.module.weight.shape for layer in layers]
-            kept = sum(inputs + o * outputs for outputs, inputs in sizes) * itemsize
-            size = self._size(n, 2 * memory + kept)
-            if self.chunk_size is None:  # the products of two chunks are (size·o)² numbers
-                size = min(size, max(1, int((working_memory(x.device) / (4 * itemsize)) ** 0.5) // o))
-            features = partial(layer_features, self._call, layers, self.params, output=output)
-        return features, size, max(1, total_memory(x.device) // 8 // (kept * size))
-
     def _jacobian_chunk(self, x: Tensor, output: int | None = None) -> Float[Tensor, "n o p"]:
+        if not _differentiable(x):
+            return jacobian_rows(self._call, self.params, {}, x, output)
         select = slice(None) if output is None else slice(output, output + 1)
+        return torch.stack([self._differentiable_rows(example, select) for example in x.split(1)])
 
-        def rows(example: Tensor) -> Tensor:
-            parts = jacrev(lambda p: self._call(p, example[None])[0, select])(self.params)
-            return torch.cat([part.reshape(len(part), -1) for part in parts.values()], dim=1)
-
-        if _differentiable(x):
-            return torch.stack([self._differentiable_rows(example, select) for example in x.split(1)])
-        with explained("jacobian"), torch.no_grad():
-            return vmap(rows)(x)
+    def _differentiable_features(self, x: Tensor, output: int | None, trace: bool) -> Features:
+        """Those of Linear layers on vectors, or else rows: batched second derivatives of norms are wrong."""
+        layers, rest = find_layers(self.net, self._call, self.params, x[:1].detach())
+        if layers and not rest and all(isinstance(layer.module, nn.Linear) for layer in layers):
+            found = list(layer_features(self._call, layers, self.params, x, output))
+            if all(feature.inputs.shape[2] == 1 for feature in found):
+                factors = [Factors(a, stacked(d) if trace else d) for _, a, d in found]
+                return Features(factors, x.new_zeros(len(x), factors[0].derivatives.shape[1], 0))
+        rows = self._jacobian_chunk(x, output)
+        return Features([], rows.flatten(1)[:, None] if trace else rows)
 
     def _differentiable_rows(self, example: Tensor, select: slice) -> Float[Tensor, "o p"]:
         """One example's Jacobian, differentiable in it, by plain autograd, an output at a time.
@@ -265,6 +263,16 @@ class Linearization(FunctionalNetwork):
     def _jacobian_bytes(self, o: int, memory: int) -> int:
         """Working memory of one example's Jacobian: the rows, torch's own copy of them, and o backward passes."""
         return 3 * o * self.num_params * next(iter(self.params.values())).element_size() + (o + 1) * memory
+
+    def _budget(self, memory: int | None) -> int:
+        if memory is not None and memory < 1:
+            raise ValueError(f"memory: expected a positive number of bytes, got {memory}.")
+        return working_memory(self.device) + total_memory(self.device) // 8 if memory is None else memory
+
+    def _pass_size(self, n: int, work: int, memory: int) -> int:
+        """How many of n examples to take through the network at a time: on a CPU fewer, nearer the caches."""
+        share = min(memory // 4, working_memory(self.device) // (4 if self.device.type == "cpu" else 1))
+        return min(n, self.chunk_size or max(1, share // work))
 
     def _size(self, n: int, bytes_per_example: int) -> int:
         return self.chunk_size or max(1, min(n, working_memory(self.device) // max(1, bytes_per_example)))

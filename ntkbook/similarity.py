@@ -4,12 +4,13 @@ All diagonals are exact, of one form: of the mean over examples of Jᵀ U Uᵀ J
 root of the likelihood's H for the Fisher matrix, the gradient of log p(y | f) for the empirical one, 1 for JᵀJ.
 Entry j is thus the mean of the squared j-th entries of the gradients Jᵀu, u a column of U. A Linear layer that runs
 once per example, on a vector a, has ∂/∂W of f·u = d aᵀ, whose squares summed over examples are (D²)ᵀ A²: no
-example's gradient is formed. A convolution's are formed, for that layer alone, by one product of matrices an example.
+example's gradient is formed. Those of other layers with a rule (`ntkbook.layers`) are formed, a layer at a time, by one
+product of matrices an example, and those of parameters without one by torch.func.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
+from itertools import chain, product
 
 import torch
 from jaxtyping import Float
@@ -17,13 +18,12 @@ from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 
 from ntkbook.checks import explained, outside_inference_mode
-from ntkbook.gram import LINEAR, Layer, LayerFeatures, find_layers, layer_features
+from ntkbook.layers import Layer, LayerFeatures, find_layers, gradient_rows, layer_features
 from ntkbook.likelihoods import Likelihood, get_likelihood
 from ntkbook.linearize import Linearization
 from ntkbook.memory import require_memory, working_memory
 
 Directions = Callable[[Float[Tensor, "n o"], Tensor | None], Float[Tensor, "r n o"]]
-KINDS: Mapping[type[nn.Module], int] = {**LINEAR, nn.Conv2d: 4}
 
 
 def fisher_diagonal(
@@ -174,12 +174,10 @@ def _mean_squares(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected a positive number of examples, got {chunk_size}.")
     o, memory = lin._inspect(x)
-    layers = find_layers(lin.net, lin._call, lin.params, x[:1].detach(), KINDS)
-    if layers is not None and not all(_has_rule(layer.module) for layer in layers):
-        layers = None
+    layers, rest = find_layers(lin.net, lin._call, lin.params, x[:1].detach())
     totals = {name: torch.zeros_like(value, dtype=torch.double) for name, value in lin.params.items()}
     rows = o if rows is None else rows
-    fixed, each = _bytes(lin, layers, rows * o, memory)
+    fixed, each = _bytes(lin, layers, rest, x, rows * o, memory)
     require_memory(
         fixed + each, x.device, f"One gradient of {lin.num_params:,} parameters", "Linearise in fewer: params=[...]."
     )
@@ -193,8 +191,8 @@ def _mean_squares(
             part = x[start : start + size].detach()
             targets = None if y is None else y[start : start + size]
             block = partial(_block, directions, targets, slice(first, first + columns))
-            squares = _by_layers(lin, layers, part, block) if layers else _by_examples(lin, part, block)
-            for name, square in squares:
+            examples = _by_examples(lin, rest, part, block) if rest else ()
+            for name, square in chain(_by_layers(lin, layers, part, block), examples):
                 totals[name] += square.view_as(totals[name])
     return lin.flatten(totals).div(len(x)).to(lin.dtype)
 
@@ -203,11 +201,14 @@ def _block(directions: Directions, y: Tensor | None, rows: slice, f: Float[Tenso
     return directions(f, y)[rows]
 
 
-def _by_examples(lin: Linearization, x: Tensor, directions: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _by_examples(
+    lin: Linearization, names: list[str], x: Tensor, directions: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """Parameter name -> sum over examples and directions of squares, for any network: every gradient is formed."""
+    params = {name: lin.params[name] for name in names}
 
     def squares(example: Tensor, u: Float[Tensor, "r o"]) -> dict[str, Tensor]:
-        pull = vjp(lambda p: lin._call(p, example[None])[0], lin.params)[1]
+        pull = vjp(lambda p: lin._call({**lin.params, **p}, example[None])[0], params)[1]
         gradients = vmap(lambda one: pull(one)[0])(u)
         return {name: gradient.square().sum(0) for name, gradient in gradients.items()}
 
@@ -220,51 +221,45 @@ def _by_examples(lin: Linearization, x: Tensor, directions: Callable[[Tensor], T
 def _by_layers(
     lin: Linearization, layers: list[Layer], x: Tensor, directions: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same, where every parameter belongs to a Linear or Conv2d that runs once an example."""
-    names = {id(module): f"{name}." if name else "" for name, module in lin.net.named_modules()}
+    """The same for the parameters of layers with a rule."""
     for feature in layer_features(lin._call, layers, lin.params, x, directions=directions):
-        weight, bias = (_convolution if isinstance(feature.layer.module, nn.Conv2d) else _linear)(feature)
-        if feature.layer.weight:
-            yield f"{names[id(feature.layer.module)]}weight", weight
-        if feature.layer.bias:
-            yield f"{names[id(feature.layer.module)]}bias", bias
+        layer, squares = feature.layer, _squares(feature)
+        if isinstance(layer.module, nn.Embedding):
+            squares = squares.mT
+        elif layer.weight and layer.bias:
+            squares, bias = squares[..., :-1], squares[..., -1]
+            yield layer.parameters[1], bias.flatten()
+        yield layer.parameters[0], squares.flatten()
 
 
-def _linear(feature: LayerFeatures) -> tuple[Tensor, Tensor]:
+def _squares(feature: LayerFeatures) -> Float[Tensor, "g z i"]:
     _, a, d = feature
-    squares = d.square().sum(1, dtype=torch.double)
-    return squares.T @ a.square().double(), squares.sum(0)
+    if _forms_none(feature):
+        return d[:, :, :, 0].square().sum(1, dtype=torch.double).permute(1, 2, 0) @ a[
+            :, :, 0
+        ].square().double().transpose(0, 1)
+    return gradient_rows(feature).square_().sum((0, 1), dtype=torch.double)
 
 
-def _convolution(feature: LayerFeatures) -> tuple[Tensor, Tensor]:
-    """∂/∂W of an example and direction is the sum over places of d (out) times the patch there (in · kernel)."""
-    (module, *_), a, d = feature
-    assert isinstance(module, nn.Conv2d)
-    patches = nn.functional.unfold(a, module.kernel_size, module.dilation, module.padding, module.stride)  # pyright: ignore[reportArgumentType]
-    n, r, out, *_ = d.shape
-    d = d.reshape(n, r * out, -1)
-    weight, bias = (
-        gradient.square_().view(n * r, out, -1).sum(0, dtype=torch.double) for gradient in (d @ patches.mT, d.sum(-1))
-    )
-    return weight, bias
+def _forms_none(feature: LayerFeatures) -> bool:
+    """Whether there is one position, so that squares of gradients are products of squares."""
+    return feature.inputs.shape[2] == 1 and feature.inputs.is_floating_point()
 
 
-def _has_rule(module: nn.Linear | nn.Conv2d) -> bool:
-    plain = isinstance(module, nn.Linear) or (module.groups == 1 and module.padding_mode == "zeros")
-    return plain and not isinstance(getattr(module, "padding", 0), str)
-
-
-def _bytes(lin: Linearization, layers: list[Layer] | None, entries: int, memory: int) -> tuple[int, int]:
+def _bytes(
+    lin: Linearization, layers: list[Layer], rest: list[str], x: Tensor, entries: int, memory: int
+) -> tuple[int, int]:
     """Working memory of one example: of its pass forward and the directions' entries, and of each direction.
 
     That is a pass backward, and the gradients that are formed, with their copies in float64 for the sums.
     """
     itemsize = lin.dtype.itemsize
-    fixed = 2 * (memory + entries * itemsize)
-    if layers is None:
-        return fixed + (8 + itemsize) * lin.num_params, 2 * (memory + lin.num_params * itemsize)
-    convolutions = [layer.module for layer in layers if isinstance(layer.module, nn.Conv2d)]
-    weights = max((module.weight.numel() for module in convolutions), default=0)
-    patch = max((module.weight[0, 0].numel() for module in convolutions), default=0)
+    p = sum(lin.params[name].numel() for name in rest)
+    inputs = gradients = 0
+    for feature in layer_features(lin._call, layers, lin.params, x[:1].detach(), 0):
+        if not _forms_none(feature):
+            inputs = max(inputs, feature.inputs.numel())
+            gradients = max(gradients, gradient_rows(feature).numel())
+    fixed = 2 * (memory + entries * itemsize) + max(2 * inputs * itemsize, (8 + itemsize) * p)
     copied = 0 if lin.dtype == torch.double else 8
-    return fixed + patch * memory, 2 * memory + weights * (itemsize + copied)
+    return fixed, 2 * memory + max(gradients * (itemsize + copied), 2 * p * itemsize)

@@ -16,7 +16,7 @@ from torch.func import functional_call, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkbook import Linearization, linearize
-from ntkbook.gram import find_layers
+from ntkbook.layers import find_layers
 
 TOLERANCE = 1e-12  # of the largest entry, in float64
 
@@ -35,8 +35,8 @@ def error(got, want):
     return float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
 
 
-def takes_layer_path(lin, x):
-    return find_layers(lin.net, lin._call, lin.params, x[:1]) is not None
+def without_rule(lin, x):
+    return find_layers(lin.net, lin._call, lin.params, x[:1])[1]
 
 
 def snapshot(net):
@@ -69,7 +69,7 @@ def test_every_product_equals_the_loop_of_autograd(name):
     lin = Linearization(net)
     reference, reference2 = loop_jacobian(net, x), loop_jacobian(net, x2)
     n, o = len(x), len(reference) // len(x)
-    assert takes_layer_path(lin, x) is CASES[name].layers
+    assert without_rule(lin, x) == list(CASES[name].rest)
     assert lin.num_params == reference.shape[1]
 
     generator = torch.Generator().manual_seed(0)
@@ -137,11 +137,16 @@ def test_chunks_do_not_change_results(name, chunk_size):
 @pytest.mark.parametrize("name", ["tanh", "convolutions"])
 def test_little_memory_only_makes_smaller_chunks(name, monkeypatch):
     net, x = build(name, n=7)
-    whole = Linearization(net).gram(x)
+    lin = Linearization(net)
+    whole = lin.gram(x)
+    for memory in (1, 10_000, 20_000, 40_000, 80_000):
+        assert error(lin.gram(x, memory=memory), whole) < TOLERANCE
+        assert error(Linearization(net, chunk_size=2).gram(x, x[1:], memory=memory), whole[:, 3:]) < TOLERANCE
+        assert error(lin.gram(x[5:], x, memory=memory), whole[15:]) < TOLERANCE
+        assert error(lin.diagonal(x, memory=memory), whole.diagonal()) < TOLERANCE
     monkeypatch.setattr(linearize, "working_memory", lambda device: 20_000)
-    monkeypatch.setattr(linearize, "total_memory", lambda device: 50_000)  # few chunks of features kept at a time
-    assert error(Linearization(net).gram(x), whole) < TOLERANCE
-    assert error(Linearization(net, chunk_size=2).gram(x, x[1:]), whole[:, 3:]) < TOLERANCE
+    monkeypatch.setattr(linearize, "total_memory", lambda device: 50_000)
+    assert error(lin.gram(x), whole) < TOLERANCE
 
 
 def test_one_point_against_many_takes_few_passes():
@@ -149,8 +154,7 @@ def test_one_point_against_many_takes_few_passes():
     calls = []
     net[0].register_forward_hook(lambda *args: calls.append(0))  # also sends it to the fallback
     Linearization(net).gram(x[:1], x)
-    fallback = len(calls)
-    assert fallback < 10
+    assert len(calls) < 13
 
 
 # ------------------------------------------------------------------ second opinions
@@ -205,7 +209,7 @@ def test_random_networks(widths, activation, bias, n, m, chunk_size, dtype, froz
     reference, reference2 = loop_jacobian(net, x), loop_jacobian(net, x2)
     scale = (reference.norm(dim=1).max() * reference2.norm(dim=1).max()).clamp_min(1e-20)
     close = 1e-13 if dtype == torch.float64 else 1e-5
-    assert takes_layer_path(lin, x)
+    assert not without_rule(lin, x)
     assert lin.gram(x, x2).dtype == dtype
     assert (lin.gram(x, x2) - reference @ reference2.T).abs().max() <= close * scale
     square = reference @ reference.T
@@ -233,7 +237,7 @@ def test_params_by_name_keep_the_networks_order():
     some = Linearization(net, params=names)
     assert list(some.params) == ["2.weight", "4.bias"]
     assert error(some.jacobian(x), loop_jacobian(net, x, names)) < TOLERANCE
-    assert takes_layer_path(some, x)
+    assert not without_rule(some, x)
     assert error(some.gram(x), some.jacobian(x) @ some.jacobian(x).T) < TOLERANCE
     rest = Linearization(net, params=[name for name in whole.params if name not in names])
     assert error(some.gram(x) + rest.gram(x), whole.gram(x)) < TOLERANCE
@@ -446,6 +450,8 @@ def test_vectors_are_checked():
     refused(ValueError, "u: expected torch.float64", lambda: lin.vjp(x, torch.ones(6, 3)), net)
     refused(ValueError, "the network has 3 outputs, got index 3", lambda: lin.gram(x, output=3), net)
     refused(ValueError, "the network has 3 outputs, got index -4", lambda: lin.diagonal(x, output=-4), net)
+    refused(ValueError, "memory: expected a positive number of bytes, got 0", lambda: lin.gram(x, memory=0), net)
+    refused(ValueError, "memory: expected a positive", lambda: lin.diagonal(x, memory=-1), net)
     refused(ValueError, "give one of them", lambda: lin.gram(x, output=0, trace=True), net)
 
 

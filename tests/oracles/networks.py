@@ -1,4 +1,4 @@
-"""Networks of every kind that a linearisation must cope with; each with inputs, and whether the layer rule applies."""
+"""Networks of every kind that a linearisation must cope with; each with inputs, and parameters without a layer rule."""
 
 from collections.abc import Callable
 from functools import partial
@@ -270,46 +270,50 @@ def _frozen() -> nn.Module:
 
 class Case(NamedTuple):
     make: Callable[[], nn.Module]
-    layers: bool
-    """Whether the layer rule applies."""
+    rest: tuple[str, ...] = ()
+    """The parameters without a layer rule."""
     shape: tuple[int, ...] = (4,)
     integers: bool = False
 
 
+ATTENTION = tuple(
+    f"encoder.self_attn.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+)
+
 CASES = {
-    "tanh": Case(lambda: _mlp(nn.Tanh()), True),
-    "relu in place": Case(lambda: _mlp(nn.ReLU(inplace=True)), True),
-    "one output": Case(lambda: _mlp(nn.GELU(), 1), True),
-    "no bias": Case(lambda: _mlp(nn.ReLU(), bias=False), True),
-    "one layer": Case(lambda: nn.Linear(4, 2), True),
-    "frozen": Case(_frozen, True),
-    "vector output": Case(Residual, True),
-    "branches": Case(Branches, True),
-    "detached": Case(Detached, True),
-    "in place": Case(InPlace, True),
-    "flattened image": Case(lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ELU()), True, (2, 2)),
-    "batch norm without parameters": Case(lambda: _batch_normed(False), True),
-    "batch norm": Case(lambda: _batch_normed(True), False),
-    "layer norm": Case(_normed, False),
-    "convolutions": Case(_conv, False, (2, 5, 5)),
-    "sequence of vectors": Case(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Flatten()), False, (3, 4)),
-    "tied": Case(Tied, False),
-    "shared weight": Case(Shared, False),
-    "called twice": Case(Twice, False),
-    "two names": Case(Alias, False),
-    "recurrent": Case(Recurrent, False, (3, 2)),
-    "constant of one row": Case(lambda: Placed(1), False),
-    "constant of two rows": Case(lambda: Placed(2), False),
-    "constant image": Case(PlacedImage, False, (2, 5, 5)),
-    "example by example": Case(OneByOne, False),
-    "weight read beside its layer": Case(Penalised, False),
-    "weight read without its layer": Case(Functional, False),
-    "forward of its own": Case(_overridden, False),
-    "parameter of its own": Case(Scaled, False),
-    "parametrised weight": Case(_parametrised, False),
-    "group norm": Case(lambda: nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, 2)), False),
-    "embedding": Case(Words, False, (3,), True),
-    "transformer": Case(Attention, False, (3,), True),
+    "tanh": Case(lambda: _mlp(nn.Tanh())),
+    "relu in place": Case(lambda: _mlp(nn.ReLU(inplace=True))),
+    "one output": Case(lambda: _mlp(nn.GELU(), 1)),
+    "no bias": Case(lambda: _mlp(nn.ReLU(), bias=False)),
+    "one layer": Case(lambda: nn.Linear(4, 2)),
+    "frozen": Case(_frozen),
+    "vector output": Case(Residual),
+    "branches": Case(Branches),
+    "detached": Case(Detached),
+    "in place": Case(InPlace),
+    "flattened image": Case(lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ELU()), shape=(2, 2)),
+    "batch norm without parameters": Case(lambda: _batch_normed(False)),
+    "batch norm": Case(lambda: _batch_normed(True)),
+    "layer norm": Case(_normed),
+    "convolutions": Case(_conv, shape=(2, 5, 5)),
+    "sequence of vectors": Case(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Flatten()), shape=(3, 4)),
+    "tied": Case(Tied, rest=("bias", "encoder.weight")),
+    "shared weight": Case(Shared, rest=("first.weight",)),
+    "called twice": Case(Twice),
+    "two names": Case(Alias),
+    "recurrent": Case(Recurrent, shape=(3, 2)),
+    "constant of one row": Case(lambda: Placed(1), rest=("place.weight", "place.bias")),
+    "constant of two rows": Case(lambda: Placed(2), rest=("place.weight", "place.bias")),
+    "constant image": Case(PlacedImage, rest=("place.weight", "place.bias"), shape=(2, 5, 5)),
+    "example by example": Case(OneByOne, rest=("layer.weight", "layer.bias")),
+    "weight read beside its layer": Case(Penalised, rest=("layer.weight",)),
+    "weight read without its layer": Case(Functional, rest=("layer.weight",)),
+    "forward of its own": Case(_overridden, rest=("0.weight", "0.bias")),
+    "parameter of its own": Case(Scaled, rest=("gain", "temperature")),
+    "parametrised weight": Case(_parametrised, rest=("0.bias", "0.parametrizations.weight.original")),
+    "group norm": Case(lambda: nn.Sequential(nn.Linear(4, 6), nn.GroupNorm(2, 6), nn.Tanh(), nn.Linear(6, 2))),
+    "embedding": Case(Words, shape=(3,), integers=True),
+    "transformer": Case(Attention, rest=ATTENTION, shape=(3,), integers=True),
 }
 
 
