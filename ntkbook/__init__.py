@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         fisher_diagonal,
         jacobian_diagonal,
     )
+    from ntkbook.tasks import TaskHyperparameters
 
 __all__ = [
     "NTKGP",
@@ -35,6 +36,7 @@ __all__ = [
     "NTKKernel",
     "Posterior",
     "Report",
+    "TaskHyperparameters",
     "automatic_epsilon",
     "by_layer",
     "cosine_by_layer",
@@ -57,6 +59,7 @@ _HOMES = {
     "NTKKernel": "kernel",
     "Posterior": "posterior",
     "Report": "iterative",
+    "TaskHyperparameters": "tasks",
     "automatic_epsilon": "fisher",
     "by_layer": "similarity",
     "cosine_by_layer": "similarity",
