@@ -117,7 +117,7 @@ def fit(
     Args:
         y: zero where not observed. level: the mean of each task's prior variances for s² = 1.
     """
-    n = observed.sum(1)
+    n = observed.sum(1).to(y)
     units = torch.eye(outputs if constant else 0, outputs, dtype=y.dtype, device=y.device)
     columns = units.T.repeat(y.shape[1] // outputs, 1) * observed[..., None]  # one for each constant, (T, N, k)
     counts = columns.sum(1)
@@ -128,45 +128,57 @@ def fit(
     middle = level.where(level > 0, 1).log10()
     low, high = middle - 12, middle + 4  # where NTKGP.fit looks
     tasks = Tasks(basis, observed, torch.cat([z[..., None], columns], dim=2))
-    anchor = 10**low
-    base, values, h = tasks.solve(anchor)[1], tasks.values, tasks.h
     unseen = torch.diag_embed((counts == 0).to(y))
 
-    def profile(number: Float[Tensor, " T"]) -> tuple[Tensor, Tensor, Tensor]:
-        """log p at ρ = 10^number up to a constant, with the best s² and constants for it."""
-        ratio = 10**number
-        gain = (ratio - anchor)[:, None] / ((values + anchor[:, None]) * (values + ratio[:, None]))
-        q = base + (gain[..., None] * h).mT @ h
-        c = torch.linalg.solve(q[:, 1:, 1:] + unseen, q[:, 1:, :1])
-        squares = (q[:, :1, :1] - q[:, :1, 1:] @ c).flatten()
-        scale = squares / (ratio * n)
-        log_determinant = (values / ratio[:, None]).log1p().sum(1) + n * ratio.log()
-        return -0.5 * (n * scale.log() + log_determinant), scale, c[..., 0]
+    def profile(anchor: Float[Tensor, " T"]) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """log p as a function of log10 ρ, up to a constant, with the best s² and constants; from q at an anchor ε."""
+        base, values, h = tasks.solve(anchor)[1], tasks.values, tasks.h
 
-    best, inside = _maximise(lambda number: profile(number)[0], low, high)
-    _, scale, c = profile(best)
+        def at(number: Float[Tensor, " T"]) -> tuple[Tensor, Tensor, Tensor]:
+            ratio = 10**number
+            gain = (ratio - anchor)[:, None] / ((values + anchor[:, None]) * (values + ratio[:, None]))
+            q = base + (gain[..., None] * h).mT @ h
+            c = torch.linalg.solve(q[:, 1:, 1:] + unseen, q[:, 1:, :1])
+            squares = (q[:, :1, :1] - q[:, :1, 1:] @ c).flatten()
+            scale = squares / (ratio * n)
+            log_determinant = (values / ratio[:, None]).log1p().sum(1) + n * ratio.log()
+            return -0.5 * (n * scale.log() + log_determinant), scale, c[..., 0]
+
+        return at
+
+    step = (high - low) / 160
+    coarse = profile(10**low)
+    best, index = _best_of_grid(lambda number: coarse(number)[0], low, step)
+    inside = (index > 0) & (index < 160)
+    # λ and h are known to the rounding of K, which an anchor at the low end is close to: once more from a closer one.
+    fine = profile(10 ** (best - step))
+    best = best.where(~inside, _golden_section(lambda number: fine(number)[0], best - step, best + step))
+    _, scale, c = fine(best)
     return scale, scale * 10**best, c + centre, inside & ~impossible, impossible
 
 
-def _maximise(
-    function: Callable[[Tensor], Tensor], low: Float[Tensor, " T"], high: Float[Tensor, " T"]
-) -> tuple[Float[Tensor, " T"], Bool[Tensor, " T"]]:
-    """Each task's maximiser, by a grid and then golden section, and whether it lies inside."""
-    step = (high - low) / 160
+def _best_of_grid(
+    function: Callable[[Tensor], Tensor], low: Float[Tensor, " T"], step: Float[Tensor, " T"]
+) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
+    """Each task's best of 161 numbers, and its index."""
     best, index, most = low, torch.zeros_like(low), function(low)
     for i in range(1, 161):
         number = low + i * step
         value = function(number)
         better = value > most
         best, index, most = best.where(~better, number), index.where(~better, i), most.where(~better, value)
-    inside = (index > 0) & (index < 160)
-    golden = (math.sqrt(5) - 1) / 2
-    left, right = best - step, best + step
-    for _ in range(45):  # to a width of 1e-10 decades
-        width = golden * (right - left)
+    return best, index
+
+
+def _golden_section(
+    function: Callable[[Tensor], Tensor], left: Float[Tensor, " T"], right: Float[Tensor, " T"]
+) -> Float[Tensor, " T"]:
+    """Each task's maximiser between two numbers, to 1e-10."""
+    for _ in range(45):
+        width = (math.sqrt(5) - 1) / 2 * (right - left)
         lower = function(right - width) > function(left + width)
         left, right = left.where(lower, right - width), (left + width).where(lower, right)
-    return ((left + right) / 2).where(inside, best), inside
+    return (left + right) / 2
 
 
 def fit_tasks(
@@ -231,7 +243,7 @@ class TaskPosterior(Posterior):
         self._spectra, self._vectors = tasks.spectra, tasks.vectors
         rest, squares = tasks.solve(self._ratio)
         self._weights = rest[..., 0] / self._ratio[:, None]
-        n, r = observed.sum(1), self._ratio
+        n, r = observed.sum(1).to(y), self._ratio
         log_determinant = (tasks.values / r[:, None]).log1p().sum(1) + n * noise.log()
         self._log_likelihood = -0.5 * (squares.flatten() / noise + log_determinant + n * math.log(2 * math.pi))
 
