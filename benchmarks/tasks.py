@@ -17,6 +17,7 @@ from functools import partial
 
 import gpytorch
 import torch
+from linear_operator import to_linear_operator
 from torch import Tensor
 
 from ntkbook import NTKGP
@@ -58,7 +59,9 @@ class Exact(gpytorch.models.ExactGP):
     """An ExactGP of rows of a Gram matrix: its inputs are their numbers."""
 
     def __init__(self, gram: Tensor, rows: Tensor, y: Tensor, outputscale: float, noise: float) -> None:
-        likelihood = gpytorch.likelihoods.GaussianLikelihood(gpytorch.constraints.GreaterThan(1e-8)).double()
+        likelihood = gpytorch.likelihoods.GaussianLikelihood(
+            noise_constraint=gpytorch.constraints.GreaterThan(1e-8)
+        ).double()
         super().__init__(rows, y, likelihood)
         self.gram, self.raw = gram, torch.nn.Parameter(torch.tensor(outputscale, dtype=torch.float64).log())
         likelihood.noise = torch.tensor([noise], dtype=torch.float64)  # a plain number is rounded to float32
@@ -66,7 +69,9 @@ class Exact(gpytorch.models.ExactGP):
     def forward(self, rows: Tensor) -> gpytorch.distributions.MultivariateNormal:
         rows = rows.flatten().long()
         covariance = self.raw.exp() * self.gram[rows][:, rows]
-        return gpytorch.distributions.MultivariateNormal(covariance.new_zeros(len(rows)), covariance)
+        return gpytorch.distributions.MultivariateNormal(
+            covariance.new_zeros(len(rows)), to_linear_operator(covariance)
+        )
 
 
 def gpytorch_loop(gp: NTKGP, x: Tensor, y: Tensor, x_star: Tensor, fitted: bool) -> Result:
