@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         fisher_diagonal,
         jacobian_diagonal,
     )
+    from ntkbook.tasks import TaskHyperparameters
 
 __all__ = [
     "NTKGP",
@@ -37,6 +38,7 @@ __all__ = [
     "NTKKernel",
     "Posterior",
     "Report",
+    "TaskHyperparameters",
     "automatic_epsilon",
     "by_layer",
     "cosine_by_layer",
@@ -60,6 +62,7 @@ _HOMES = {
     "NTKKernel": "kernel",
     "Posterior": "posterior",
     "Report": "iterative",
+    "TaskHyperparameters": "tasks",
     "automatic_epsilon": "fisher",
     "by_layer": "similarity",
     "cosine_by_layer": "similarity",

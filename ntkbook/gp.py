@@ -13,8 +13,11 @@ from ntkbook.iterative import Iterative
 from ntkbook.linearize import Linearization
 from ntkbook.memory import require_memory
 from ntkbook.posterior import Posterior, distribution
+from ntkbook.tasks import Basis, TaskHyperparameters, TaskPosterior, fit_tasks, rank_is_low
 
 Mean = str | Callable[[Tensor], Tensor]
+MANY_PATTERNS = 32
+"""Patterns of missing values whose Cholesky factors cost about what an eigendecomposition of the Gram matrix does."""
 
 
 class NTKGP:
@@ -123,16 +126,87 @@ class NTKGP:
         x, y = self._inputs(x), self._targets(x, y[None])
         return Posterior(self, x, y, self._noise(noise, y[0]), own_noise=noise is None, tasks=False)
 
-    def condition_tasks(self, x: Tensor, y: Tensor, noise: float | Tensor | None = None) -> "Posterior":
+    def fit_tasks(self, x: Tensor, y: Tensor) -> TaskHyperparameters:
+        """outputscale, noise and a constant mean for each of T tasks at the same inputs; the GP keeps its own.
+
+        What `fit` finds for each task alone, to within its search, from one eigendecomposition of K (n·o × n·o) and,
+        for every pattern of missing values, one of its rank's size. `condition_tasks` takes the result.
+
+        A task with fewer than two observed values, or with values equal to the prior mean, determines nothing and gets
+        the GP's own outputscale, noise and constant; `determined` is False there and where the likelihood grows up to
+        the end of the search, and a warning says how many such tasks there are.
+
+        Args:
+            x: (n, ...); y: (T, n) or (T, n, o), NaN where not observed.
+        """
+        x, y = self._tasks(x, y)
+        residuals = (y - self._mean(x, fitting=True)).detach()
+        self._require_room(y[0].numel(), copies=6)
+        gram = self.lin.gram(x.detach())
+        return fit_tasks(Basis(gram), gram.diagonal(), residuals, self)
+
+    def condition_tasks(
+        self,
+        x: Tensor,
+        y: Tensor,
+        noise: float | Tensor | None = None,
+        hyperparameters: TaskHyperparameters | None = None,
+    ) -> "Posterior":
         """The posteriors of T tasks at the same inputs: y (T, n) or (T, n, o), NaN where not observed.
 
-        Tasks that were observed at the same points share one factorisation.
+        Tasks that were observed at the same points share one factorisation. Where more than `MANY_PATTERNS` patterns of
+        missing values meet a kernel of low rank, all share one eigendecomposition, which gives the same to rounding
+        but no gradients in the data: it is not used where x or y require some.
+
+        Args:
+            noise: as for `condition`.
+            hyperparameters: each task's own, as from `fit_tasks`; in function space without an iterative solver.
         """
-        x = self._inputs(x)
+        x, y = self._tasks(x, y)
+        if hyperparameters is not None:
+            if noise is not None:
+                raise ValueError("noise: it is part of hyperparameters; give one of the two.")
+            if self.iterative is not None:
+                raise ValueError(
+                    'hyperparameters: expected space="function" and solver="cholesky", got an iterative solver, which '
+                    "solves for one outputscale and noise. Condition on the tasks one at a time, or use the default."
+                )
+            return TaskPosterior(self, x, y, self._basis(x), self._hyperparameters(hyperparameters, y))
+        sigma2 = self._noise(noise, y[0])
+        one = noise is None or torch.as_tensor(noise).ndim == 0
+        differentiated = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+        if one and self.iterative is None and not differentiated and len(y) > MANY_PATTERNS:
+            patterns = torch.unique(y.flatten(1).isnan(), dim=0)
+            if len(patterns) > MANY_PATTERNS and rank_is_low(basis := self._basis(x)):
+                each = TaskHyperparameters(torch.full_like(y[:, 0, 0], self.outputscale), sigma2[0, 0].expand(len(y)))
+                return TaskPosterior(self, x, y, basis, each, own_noise=noise is None)
+        return Posterior(self, x, y, sigma2, own_noise=noise is None, tasks=True)
+
+    def _tasks(self, x: Tensor, y: Tensor) -> tuple[Tensor, Float[Tensor, "t n o"]]:
         if y.ndim < 2 or len(y) == 0:
             raise ValueError(f"y: expected (T, n) or (T, n, o) with at least one task, got {tuple(y.shape)}.")
-        y = self._targets(x, y)
-        return Posterior(self, x, y, self._noise(noise, y[0]), own_noise=noise is None, tasks=True)
+        x = self._inputs(x)
+        return x, self._targets(x, y)
+
+    def _basis(self, x: Tensor) -> Basis:
+        self._require_room(len(x) * self.lin.num_outputs(x), copies=6)
+        return Basis(self.lin.gram(x.detach()))
+
+    def _hyperparameters(self, given: TaskHyperparameters, y: Float[Tensor, "t n o"]) -> TaskHyperparameters:
+        """The same in the GP's dtype, checked."""
+        tasks, _, o = y.shape
+        scale, noise = (value.detach().to(y) for value in given[:2])
+        for name, value in (("outputscale", scale), ("noise", noise)):
+            if value.shape != (tasks,) or not (value > 0).all() or torch.isinf(value).any():
+                got = tuple(value.shape) if value.shape != (tasks,) else "some that are not"
+                raise ValueError(f"hyperparameters.{name}: expected ({tasks},) positive, finite values, got {got}.")
+        constant = given.constant
+        if constant is not None and (self.mean != "constant" or constant.shape != (tasks, o)):
+            raise ValueError(
+                f'hyperparameters.constant: expected ({tasks}, {o}) and a GP with mean="constant", got '
+                f"{tuple(constant.shape)} and {self.mean!r}."
+            )
+        return TaskHyperparameters(scale, noise, None if constant is None else constant.detach().to(y))
 
     def _inputs(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):

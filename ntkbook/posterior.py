@@ -21,7 +21,8 @@ class Posterior:
     """A Gaussian process given data: of one task, or of T tasks at the same inputs (then T leads every shape).
 
     Made by `NTKGP.condition` and `NTKGP.condition_tasks`. Tasks that were observed at the same points share one
-    factorisation, or one cached subspace. Differentiable in new inputs; in the data by Cholesky alone.
+    factorisation, or one cached subspace. Differentiable in new inputs; in the data by Cholesky alone. (Its subclass
+    `ntkbook.tasks.TaskPosterior` is for many patterns of missing values and for hyperparameters of each task.)
     """
 
     def __init__(
@@ -107,10 +108,13 @@ class Posterior:
         if noise is None and self._sigma2 is None:
             raise ValueError("predictive: the data had a noise of their own, so say which noise= the new points have.")
         latent = self(x)
-        m = latent.event_shape[0]
-        sigma2 = self._gp._noise(self._sigma2 if noise is None else noise, latent.mean.new_empty(m, self._o))
+        sigma2 = self._noise_at(noise, latent.event_shape[0])
         mean, covariance = latent.mean, latent.covariance_matrix
-        return distribution(mean if self._o > 1 else mean[..., None], covariance + torch.diag_embed(sigma2.flatten()))
+        return distribution(mean if self._o > 1 else mean[..., None], covariance + torch.diag_embed(sigma2))
+
+    def _noise_at(self, noise: float | Tensor | None, m: int) -> Float[Tensor, "*t mo"]:
+        like = torch.empty(m, self._o, dtype=self._lin.dtype, device=self._lin.device)
+        return self._gp._noise(self._sigma2 if noise is None else noise, like).flatten()
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of f at x: (m,) or (m, o). No m × m matrix is formed: for many points."""
@@ -146,9 +150,7 @@ class Posterior:
         """Means, and covariances (T, m·o, m·o) or variances (T, m, o)."""
         prior_mean = self._gp._mean(x)
         if full:
-            nbytes = (len(self._group_of) + 2) * prior_mean.numel() ** 2 * prior_mean.element_size()
-            what = f"The covariances of {len(self._group_of)} tasks at {len(x):,} points"
-            require_memory(nbytes, x.device, what, "Use mean(x) and variance(x), which form none.")
+            self._require_covariances(x, prior_mean.numel())
         if self._gp.space == "function":
             cross = self._scale * self._lin.gram(x, self._x)
         else:  # only tasks without data, which take no column, look at it
@@ -165,6 +167,11 @@ class Posterior:
             else:
                 second[members] = (prior - explained.square().sum(0)).clamp_min(0)
         return mean, second if full else second.view(-1, *prior_mean.shape)
+
+    def _require_covariances(self, x: Tensor, values: int) -> None:
+        nbytes = (len(self._group_of) + 2) * values**2 * self._lin.dtype.itemsize
+        what = f"The covariances of {len(self._group_of)} tasks at {len(x):,} points"
+        require_memory(nbytes, x.device, what, "Use mean(x) and variance(x), which form none.")
 
 
 class Cholesky:
