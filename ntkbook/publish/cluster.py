@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,6 +65,7 @@ def local(n_jobs: int, *, cuda: bool, workers: int = 0) -> Iterator[Any]:
         SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
+        client.run(_leave_interrupts_to_the_client)
         yield client
 
 
@@ -87,6 +89,11 @@ def remote(address: str, timeout: float = 30.0) -> Iterator[Any]:
         if wide:
             raise ClusterError(f"expected workers with one thread, not so {', '.join(wide)}: dask worker --nthreads 1")
         yield client
+
+
+def _leave_interrupts_to_the_client() -> None:
+    """A terminal sends Ctrl-C to all of its processes, but the client is the one to end the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_workers(client: Any, check: Callable[..., None], *arguments: Any) -> None:
