@@ -61,8 +61,8 @@ def test_each_worker_of_this_machine_gets_its_environment(monkeypatch):
     monkeypatch.setattr(cluster, "visible_gpus", lambda: ["3", "GPU-ab"])
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     with cluster.local(7, cuda=True) as client:
-        assert set(client.run(os.environ.get, "CUDA_VISIBLE_DEVICES").values()) == {"3", "GPU-ab"}
-        assert set(client.run(os.environ.get, "OMP_NUM_THREADS").values()) == {"5"}
+        assert set(client.run(os.getenv, "CUDA_VISIBLE_DEVICES").values()) == {"3", "GPU-ab"}
+        assert set(client.run(os.getenv, "OMP_NUM_THREADS").values()) == {"5"}
         assert set(client.nthreads().values()) == {1}
 
 

@@ -193,7 +193,7 @@ def test_a_failed_job_is_kept_apart_and_only_it_runs_again(book, monkeypatch, ca
     assert [result.status for result in results] == ["done", "done", "failed"]  # seed 1 comes twice, and runs once
     assert sorted(log(book)) == [1, 2, 3]
     assert {line.split()[1] for line in (book / "book" / "log").read_text("utf8").splitlines()} == {"here"}
-    assert "03_tiny (seed=3, names=['b', 'c'], fail=True): cell 3" in results[2].error
+    assert "03_tiny (seed=3, names=['b', 'c'], fail=True): cell 4" in results[2].error
     assert "RuntimeError: asked to fail" in results[2].error
     assert told.err.count("\n") == 3
     assert "done 2/3, failed 1: " in told.err

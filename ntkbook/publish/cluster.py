@@ -58,11 +58,12 @@ def local(n_jobs: int, *, cuda: bool, workers: int = 0) -> Iterator[Any]:
 
     shares = environments(n_jobs, CPU_COUNT, visible_gpus() if cuda else [], workers)
     # A job's memory is its kernel's, which Dask cannot see: no limit. No dashboard: it wants bokeh and a port.
-    common = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "silence_logs": logging.CRITICAL}
+    quiet: Any = logging.CRITICAL  # a level, whatever SpecCluster's annotation says
+    common = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "silence_logs": quiet}
     spec = {i: {"cls": Nanny, "options": {**common, "env": share}} for i, share in enumerate(shares)}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}}
     with (
-        SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
+        SpecCluster(workers=spec, scheduler=scheduler, silence_logs=quiet) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         client.run(_leave_interrupts_to_the_client)
@@ -75,7 +76,7 @@ def remote(address: str, timeout: float = 30.0) -> Iterator[Any]:
     from distributed import Client
 
     try:
-        client = Client(address, timeout=timeout, set_as_default=False)
+        client: Any = Client(address, timeout=timeout, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ClusterError(
             f"no Dask scheduler answers at {address!r} ({error}); expected an address such as tcp://host:8786"
