@@ -82,7 +82,13 @@ def test_workers_must_have_one_thread_and_pass_the_check():
     def check(path):
         raise ValueError(f"it does not see {path}")
 
-    options = {"n_workers": 1, "processes": False, "protocol": "tcp", "host": "127.0.0.1", "dashboard_address": None}
+    options = {
+        "n_workers": 1,
+        "processes": False,
+        "protocol": "tcp",
+        "host": "127.0.0.1",
+        "dashboard_address": "127.0.0.1:0",
+    }
     with (
         LocalCluster(threads_per_worker=2, **options) as wide,
         pytest.raises(cluster.ClusterError, match="expected workers with one thread"),

@@ -247,7 +247,7 @@ def test_a_scheduler_by_its_address(book, monkeypatch):
 
     monkeypatch.delenv("NTKBOOK_DATA", raising=False)
     path = write(book, "grid: {seed: [1, 2]}")
-    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as running:
+    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0") as running:
         monkeypatch.setenv("NTKBOOK_DATA", "there")  # after the workers' start: it must come with the jobs
         first, second = sweep.run_sweep(book, "3", path, scheduler=running.scheduler_address, progress=False)
         assert (first.status, second.status) == ("done", "done")

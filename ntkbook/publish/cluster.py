@@ -61,7 +61,8 @@ def local(n_jobs: int, *, cuda: bool, workers: int = 0) -> Iterator[Any]:
     quiet: Any = logging.CRITICAL  # a level, whatever SpecCluster's annotation says
     common = {"nthreads": 1, "memory_limit": 0, "dashboard": False, "silence_logs": quiet}
     spec = {i: {"cls": Nanny, "options": {**common, "env": share}} for i, share in enumerate(shares)}
-    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard": False}}
+    here = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}  # any free ports
+    scheduler = {"cls": Scheduler, "options": here}
     with (
         SpecCluster(workers=spec, scheduler=scheduler, silence_logs=quiet) as cluster,
         Client(cluster, set_as_default=False) as client,
