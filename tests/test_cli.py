@@ -27,6 +27,8 @@ def test_errors_are_one_message(toybook, tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip() == "ntkbook: 01_toy has no parameter 'sede'; did you mean seed or size?"
     assert "expected YAML" in ntkbook("run", "1", "--params", "3", cwd=toybook).stderr
+    assert "give --sweep FILE too" in ntkbook("run", "1", "--workers", "2", cwd=toybook).stderr
+    assert "a sweep runs one chapter; got none" in ntkbook("run", "--sweep", "x.yml", cwd=toybook).stderr
     assert "_toc.yml" in ntkbook("html", cwd=tmp_path).stderr
 
 

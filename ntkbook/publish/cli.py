@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 try:
@@ -30,17 +31,42 @@ def run(
     chapters: Chapters = None,
     profile: Annotated[str, typer.Option(help="cpu, or a file of profiles/ such as quick or gpu.")] = "cpu",
     params: Annotated[str, typer.Option(help="Further parameters as YAML, such as 'seed: 3'.")] = "",
+    sweep: Annotated[
+        str, typer.Option(help="Run one chapter many times: a YAML file, or one in profiles/sweeps/.")
+    ] = "",
+    scheduler: Annotated[
+        str, typer.Option(help="Of a sweep: the address of a running Dask scheduler, such as tcp://host:8786.")
+    ] = "",
+    workers: Annotated[
+        int,
+        typer.Option(help="Of a sweep on this machine: jobs at a time; one a GPU or one per two cores if 0.", min=0),
+    ] = 0,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run chapters into runs/<chapter>/<profile or hash of parameters>/."""
+    """Run chapters into runs/<chapter>/<profile or hash of parameters>/.
+
+    A sweep's file has a grid ({seed: [0, 1], n_sources: [5, 10]}: every combination), jobs (a list such as
+    [{seed: 7}]), or both, and what they share as base ({epochs: 100}). Each job runs into
+    runs/<chapter>/sweep-<file>/<hash of parameters>/; the results come together in results.parquet beside them.
+    The same command again runs only what has failed, changed or is missing. It needs Dask: pip install 'ntkbook[dask]'.
+
+    With --scheduler, every worker must see this folder under the same path (a shared file system), have the same
+    ntkbook, Python and lock, and one thread; on a machine with several GPUs start one worker a GPU, each with its own
+    CUDA_VISIBLE_DEVICES. Without it, workers share this machine's cores, and each gets one GPU if the device is cuda.
+    """
     values = yaml.safe_load(params) or {}
     if not isinstance(values, dict):
         raise ValueError(f"--params: expected YAML such as 'seed: 3', got {params!r}")
     root = runner.find_root()
-    results = runner.run(root, chapters or (), profile=profile, parameters=values, force=force, progress=not quiet)
-    for result in results:
-        print(f"{result.chapter}: {result.status}, {result.folder.relative_to(root)}")
+    if sweep:
+        results = _run_sweep(root, chapters or [], sweep, profile, values, force, scheduler, workers, not quiet)
+    elif scheduler or workers:
+        raise ValueError("--scheduler and --workers are of a sweep; give --sweep FILE too")
+    else:
+        results = runner.run(root, chapters or (), profile=profile, parameters=values, force=force, progress=not quiet)
+        for result in results:
+            print(f"{result.chapter}: {result.status}, {result.folder.relative_to(root)}")
     _exit_if_failed(results)
 
 
@@ -109,6 +135,28 @@ def fetch(
 
     paths = sources.fetch(name, stations=stations if name == "precipitation" else None, progress=not quiet)
     print(f"{name}: {len(paths)} files are here")
+
+
+def _run_sweep(
+    root: Path, chapters: list[str], path: str, profile: str, values: dict[str, Any], force: bool,
+    scheduler: str, workers: int, progress: bool,
+) -> list[runner.Result]:  # fmt: skip
+    from ntkbook.publish.sweep import run_sweep
+
+    if len(chapters) != 1:
+        raise ValueError(f"a sweep runs one chapter; got {' '.join(chapters) or 'none'}")
+    try:
+        results = run_sweep(
+            root, chapters[0], path, profile=profile, parameters=values, force=force,
+            scheduler=scheduler, workers=workers, progress=progress,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is done is kept, and the same command runs the rest", file=sys.stderr)
+        raise typer.Exit(130) from None
+    done = sum(result.status != "failed" for result in results)
+    table = results[0].folder.parent / "results.parquet"
+    print(f"{results[0].chapter}: {done} of {len(results)} jobs done, {table.relative_to(root)}")
+    return results
 
 
 def _exit_if_failed(results: list[runner.Result]) -> None:

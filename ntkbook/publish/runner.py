@@ -20,7 +20,9 @@ from ntkbook.publish.claims import collect, collect_data
 from ntkbook.publish.parameters import ParameterError, check_parameters
 
 PACKAGES = ("ntkbook", "torch", "gpytorch", "linear_operator", "botorch", "numpy", "matplotlib", "papermill")
-NOT_IN_A_CHAPTER = {"runner.py", "site.py", "cli.py", "execution.py", "parameters.py"}  # of publish: they only run it
+NOT_IN_A_CHAPTER = {  # of publish: they only run it
+    "runner.py", "site.py", "cli.py", "execution.py", "parameters.py", "sweep.py", "cluster.py",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def run(
     results = []
     with tqdm(plans, desc="chapters", unit="chapter", file=sys.stderr, disable=not progress, ncols=90) as bar:
         for name, (nb, values) in bar:
-            results.append(_run_one(root, name, nb, profile, values, bool(parameters), force, progress))
+            folder = root / "runs" / name / (run_key(profile, values) if parameters else profile)
+            results.append(run_one(root, name, nb, profile, values, folder, force=force, progress=progress))
             if after:
                 after(results[-1])
             tqdm.write(results[-1].line, file=sys.stderr)
@@ -159,32 +162,64 @@ def finished(root: Path, result: Result) -> Any:
     return notebooks.with_outputs(bare, notebooks.read(result.notebook))
 
 
-def _plan(root: Path, name: str, profile: str, extra: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def bare_notebook(root: Path, name: str) -> Any:
+    """A chapter's notebook without outputs; ValueError when its file is missing."""
     from ntkbook.publish import notebooks
 
     source = root / "book" / f"{name}.md"
     if not source.exists():
         raise ValueError(f"{name} is in _toc.yml, but there is no {source.relative_to(root)}")
-    nb = notebooks.from_text(source)
-    values = {**profile_parameters(root, profile, name), **extra}
-    check_parameters(nb, values, name)
+    return notebooks.from_text(source)
+
+
+def check_device(values: Mapping[str, Any], name: str) -> None:
+    """ParameterError when the parameters want a GPU and there is none."""
     if str(values.get("device", "")).startswith("cuda"):
         import torch
 
         if not torch.cuda.is_available():
             raise ParameterError(f"{name}: device {values['device']!r} wants a GPU, but torch sees none here")
+
+
+def _plan(root: Path, name: str, profile: str, extra: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    nb = bare_notebook(root, name)
+    values = {**profile_parameters(root, profile, name), **extra}
+    check_parameters(nb, values, name)
+    check_device(values, name)
     return nb, values
 
 
-def _run_one(
-    root: Path, name: str, nb: Any, profile: str, values: dict[str, Any], custom: bool, force: bool, progress: bool
+def run_key(profile: str, values: Mapping[str, Any]) -> str:
+    """A folder's name for a profile and parameters: ten hexadecimal digits."""
+    return hashlib.sha256(json.dumps([profile, values], sort_keys=True).encode()).hexdigest()[:10]
+
+
+def run_one(
+    root: Path,
+    name: str,
+    nb: Any,
+    profile: str,
+    values: dict[str, Any],
+    folder: Path,
+    *,
+    force: bool = False,
+    progress: bool = True,
+    label: str = "",
 ) -> Result:
+    """Run a chapter with parameters that were checked into ``folder``, unless what is there is fresh.
+
+    Args:
+        root, name, nb: the book's folder, the chapter and its bare notebook.
+        profile, values: the profile's name and all overrides, its own among them.
+        folder: gets ``notebook.ipynb``, ``card.json`` and ``claims.json``.
+        force: run even what has not changed.
+        progress: a bar over cells on standard error.
+        label: what messages call it; the chapter's name unless given.
+    """
     from ntkbook.publish.execution import ChapterError, execute
 
-    key = hashlib.sha256(json.dumps([profile, values], sort_keys=True).encode()).hexdigest()[:10]
-    folder = root / "runs" / name / (key if custom else profile)
     mark = fingerprint(root, name, nb, values)
-    if not force and _is_fresh(folder, mark):
+    if not force and is_fresh(folder, mark):
         return Result(name, folder, "fresh")
     folder.mkdir(parents=True, exist_ok=True)
     for old in ("card.json", "claims.json", "notebook.ipynb"):
@@ -192,7 +227,7 @@ def _run_one(
     notebook = folder / "notebook.ipynb"
     start, error, peak = time.monotonic(), "", None
     try:
-        peak = execute(nb, notebook, values, cwd=root / "book", name=name, progress=progress)
+        peak = execute(nb, notebook, values, cwd=root / "book", name=label or name, progress=progress)
     except ChapterError as failure:
         error = str(failure)
     seconds = time.monotonic() - start
@@ -248,7 +283,8 @@ def _is_summary(nb: Any) -> bool:
     return bool(nb.metadata.get("ntkbook", {}).get("summary"))
 
 
-def _is_fresh(folder: Path, mark: str) -> bool:
+def is_fresh(folder: Path, mark: str) -> bool:
+    """Whether a folder holds a run that succeeded with this fingerprint."""
     card = folder / "card.json"
     if not card.exists() or not (folder / "notebook.ipynb").exists():
         return False
