@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.harness import Limits, guarded, run_case
+from benchmarks.harness import LATE, Limits, guarded, run_case
 from benchmarks.problems import Problem, Settings, problems
 
 
@@ -59,11 +59,27 @@ def main(arguments: Sequence[str] | None = None, chosen: Sequence[Problem] | Non
             continue
         print(problem.name, flush=True)
         found: dict[str, Any] = {}
-        done = guarded(lambda problem=problem: run_case(problem.build(settings), options.repeats, limits, say), found)
+        beyond = too_slow(problem.name, results["problems"])
+
+        def run(problem: Problem = problem, beyond: dict[str, str] = beyond) -> dict[str, Any]:
+            return run_case(problem.build(settings), options.repeats, limits, say, beyond)
+
+        done = guarded(run, found)
         results["problems"][problem.name] = found if done is None else done
         report.write(results, options.out)
     print(f"{options.out / 'table.md'}, {options.out / 'plot.svg'}")
     return results
+
+
+def too_slow(name: str, problems: dict[str, Any]) -> dict[str, str]:
+    """Who exceeded a limit of time or memory on the same network at a smaller n: what larger ones spare."""
+    family, found = name.partition(", n =")[0], {}
+    for other, result in problems.items():
+        if other.partition(", n =")[0] == family and "vectors" not in name:
+            for row in result.get("rows", ()):
+                if row.get("reason", "").startswith((LATE, "out of memory")):
+                    found[row["name"]] = f'not tried: {row["reason"]} in "{other}"'
+    return found
 
 
 def say(text: str) -> None:

@@ -4,9 +4,11 @@ import gc
 import math
 import signal
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from ntkbook.experiments.products import measure
 
 PROBES = 2000  # entries of the full answer that are compared with ours
+LATE = "more than"  # how the reason of what exceeds the time limit begins
 
 
 class Skipped(Exception):
@@ -95,10 +98,14 @@ def error(answer: Tensor, reference: Tensor) -> float:
     return math.inf if math.isnan(found) else found
 
 
-def run_case(case: Case, repeats: int, limits: Limits, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """All rows of a problem: a competitor that fails has its reason in its row, and the others are kept."""
-    torch.manual_seed(0)
-    rows = [row(name, competitor, case, limits) for name, competitor in case.competitors.items()]
+def run_case(
+    case: Case, repeats: int, limits: Limits, say: Callable[[str], None], too_slow: Mapping[str, str]
+) -> dict[str, Any]:
+    """All rows of a problem: a competitor that fails has its reason in its row, and the others are kept.
+
+    `too_slow`: competitors that exceeded a limit at a smaller n, and where; they are not tried.
+    """
+    rows = [row(name, case, limits, too_slow.get(name)) for name in case.competitors]
     probes: dict[str, Tensor] = {}
     for entry in rows:
         if "reason" not in entry:
@@ -121,11 +128,14 @@ def run_case(case: Case, repeats: int, limits: Limits, say: Callable[[str], None
     return {"rows": rows, "floor": floor, "floor_ratio": floor / base}
 
 
-def row(name: str, competitor: Competitor, case: Case, limits: Limits) -> dict[str, Any]:
+def row(name: str, case: Case, limits: Limits, too_slow: str | None) -> dict[str, Any]:
     """A competitor's row after its agreement on the small inputs has been looked at, and nothing timed."""
+    competitor = case.competitors[name]
     tolerance = competitor.tolerance or case.tolerance
     entry: dict[str, Any] = {"name": name, "sweep": [], "seconds": [], "tolerance": tolerance, "error": 0.0}
-    if not competitor.agrees:
+    if too_slow:
+        entry["reason"] = too_slow
+    if too_slow or not competitor.agrees:
         return entry
     size = competitor.chunk_sizes[0]
     answer = guarded(lambda: limited(lambda: competitor.answer(case.small, size), limits), entry)
@@ -140,11 +150,12 @@ def sweep(entry: dict[str, Any], case: Case, limits: Limits, probes: dict[str, T
     """Each chunk size once; keep the best. What exceeds a limit ends it, unless a chunk size before went through."""
     competitor = case.competitors[entry["name"]]
     failed: dict[str, Any] = {}
-    for size in competitor.chunk_sizes:
+    n = len(case.inputs[0])
+    for size in dict.fromkeys(size and min(size, n) for size in competitor.chunk_sizes):
         found = guarded(lambda size=size: limited(lambda: competitor.measured(case.inputs, size), limits), failed)
         if found is None:
             entry["sweep"].append({"chunk_size": size, "reason": failed["reason"]})
-            if "second" in failed["reason"]:
+            if failed["reason"].startswith(LATE):
                 break
             continue
         answer, seconds, peak = found
@@ -194,17 +205,15 @@ def _limits(limits: Limits):
     """A timer that raises between two operations, and a limit on the data segment, where the system has them."""
 
     def late(*_: object) -> None:
-        raise TimeoutError(f"more than {limits.seconds:g} seconds")
+        raise TimeoutError(f"{LATE} {limits.seconds:g} seconds")
 
-    try:
-        import resource
-    except ImportError:
+    if sys.platform != "linux":
         yield
         return
+    import resource
+
     old, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    with open("/proc/self/statm") as pages:
-        used = int(pages.read().split()[5]) * resource.getpagesize()
-    limit = used + int(limits.memory)
+    limit = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize() + int(limits.memory)
     before = signal.signal(signal.SIGALRM, late)
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))

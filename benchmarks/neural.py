@@ -83,13 +83,18 @@ class Worker:
     """One process for a problem, fed by lines of JSON; started when first asked."""
 
     def __init__(self, net: nn.Module, outputs: int, cache: Path, install: bool) -> None:
-        self.net, self.outputs, self.cache, self.install = net, outputs, cache, install
+        self.net, self.outputs = net, outputs
+        self.python: Path | Skipped
+        try:  # here, where no time is limited
+            self.python = environment(cache, install)
+        except Skipped as problem:
+            self.python = problem
         self.folder = Path(tempfile.mkdtemp(prefix="neural-"))
         self.process: subprocess.Popen[str] | None = None
-        self.sent: dict[int, str] = {}
 
     def start(self) -> subprocess.Popen[str]:
-        python = environment(self.cache, self.install)
+        if isinstance(self.python, Skipped):
+            raise self.python
         arrays: dict[str, np.ndarray] = {}
         operations = described(self.net, arrays)
         np.savez(self.folder / "net.npz", **arrays)
@@ -97,7 +102,7 @@ class Worker:
         names = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": str(int(next(self.net.parameters()).dtype == torch.double))}
         threads = sorted(os.sched_getaffinity(0))[: torch.get_num_threads()]  # how XLA learns of it
         return subprocess.Popen(
-            [str(python), str(WORKER), str(self.folder), ",".join(map(str, threads))],
+            [str(self.python), str(WORKER), str(self.folder), ",".join(map(str, threads))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env=os.environ | names,
         )  # fmt: skip

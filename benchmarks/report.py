@@ -70,7 +70,7 @@ def plot(results: dict[str, Any]) -> str:
             style = {"color": plt.get_cmap("tab20")(number % 20), "marker": markers[number % len(markers)]}
             ax.plot(row["ratio"], y, linestyle="", label=row["name"] if new else None, **style)
     ax.axvline(1, color=figures.CONTEXT, linewidth=0.8)
-    ax.set(xscale="log", xlabel="time relative to ntkbook (first row of each problem)")
+    ax.set(xscale="log", xlabel="time relative to ntkbook; Fisher-vector products: to one gradient")
     ax.set_yticks(range(len(shown)), list(shown), fontsize=7)
     ax.invert_yaxis()
     figure.legend(loc="outside lower center", ncols=3, fontsize=7)
