@@ -27,7 +27,7 @@ class Use(NamedTuple):
 class Product(NamedTuple):
     """Multiply-adds, and the sizes of the matrix product that does them: (m x inner)(inner x outer), outer = m if 0."""
 
-    count: float
+    multiply_adds: float
     inner: int
     outer: int = 0
 
@@ -83,15 +83,19 @@ def gram(layers: list[Use], n: int, o: int, m: int | None = None) -> list[Produc
 
 def product(layers: list[Use], n: int, vectors: int) -> list[Product]:
     """J Jᵀ V or Jᵀ H J V: one pass forward, and for each vector one back and one of forward mode."""
-    one = passes(layers, n, 2, 2, 1)  # forward mode: W da and dW a; back: to inputs and to weights
+    one = passes(layers, n, 2, 1, 1)  # forward mode: W da and dW a; back: to inputs and to weights
     first = layers[0]
-    spared = Product(-float(n * first.positions * first.inner * first.outer), first.inner, first.outer)
-    return passes(layers, n, 1, 0, 0) + [part._replace(count=part.count * vectors) for part in [*one, spared]]
+    spared = Product(  # the inputs have no tangent
+        -float(n * first.positions * first.inner * first.outer), first.inner, first.outer
+    )
+    return passes(layers, n, 1, 0, 0) + [
+        part._replace(multiply_adds=part.multiply_adds * vectors) for part in [*one, spared]
+    ]
 
 
 def seconds(products: list[Product], dtype: torch.dtype) -> float:
     """The time of these products, each at the best rate of its shape."""
-    return sum(part.count / rate(part.inner, part.outer, dtype) for part in products)
+    return sum(part.multiply_adds / rate(part.inner, part.outer, dtype) for part in products)
 
 
 def best(call: Callable[[], object], repeats: int = 5) -> float:

@@ -21,7 +21,7 @@ FOLDER = Path(sys.argv[1])
 
 def apply(operations, params, constants, x):
     def get(name):
-        return None if name is None else params[name] if name in params else constants[name]
+        return params[name] if name in params else constants.get(name)
 
     for kind, *rest in operations:
         if kind == "linear":

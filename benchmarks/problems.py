@@ -55,6 +55,11 @@ def spread(n: int, m: int) -> Tensor:
     return torch.linspace(0, n - 1, min(m, n)).long()
 
 
+def divisor(n: int, most: int) -> int:
+    """The largest up to `most`: neural-tangents' batches must divide n."""
+    return max(k for k in range(1, most + 1) if n % k == 0)
+
+
 def network(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, tuple[int, ...], int]:
     """A network, an example's shape, and its number of outputs."""
     if name == "LeNet3":
@@ -79,7 +84,7 @@ def gram(name: str, n: int, first: bool, few: int, settings: Settings) -> Case:
     if first:  # ours selects an output by itself
         lin = Linearization(net)
         ways["ntkbook"].run = lambda inputs, size: lin.gram(inputs[0], output=0)
-    ways |= neural.competitors(worker, (None, 50 if n % 50 == 0 else 16))
+    ways |= neural.competitors(worker, (None, divisor(n, 200), divisor(n, 25)))
     products = floor.gram(floor.uses(net, x), n, o)
     return Case(
         (x,), (small,), jacobian @ jacobian.T, ways, partial(floor.seconds, products, x.dtype), 1e-4, worker.close

@@ -174,10 +174,12 @@ def test_the_floor_of_a_gram_matrix():
     layers = floor.uses(mlp(sizes), torch.zeros(1, 5))
     assert [(use.positions, use.inner, use.outer) for use in layers] == [(1, 5, 200), (1, 200, 2000), (1, 2000, 200),
                                                                          (1, 200, 1)]  # fmt: skip
-    count = sum(product.count for product in floor.gram(layers, n, 1))
+    count = sum(product.multiply_adds for product in floor.gram(layers, n, 1))
     weights = 5 * 200 + 200 * 2000 + 2000 * 200 + 200
     assert count == n * (n + 1) / 2 * (sum(sizes[:-1]) + sum(sizes[1:])) + n * (2 * weights - 1000)
-    assert sum(product.count for product in floor.product(layers, n, 3)) == n * (weights + 3 * (4 * weights - 2000 * 1))
+    assert sum(product.multiply_adds for product in floor.product(layers, n, 3)) == n * (
+        weights + 3 * (4 * weights - 2000 * 1)
+    )
 
 
 def test_the_floor_of_a_convolution_is_the_cheaper_path():
@@ -187,7 +189,7 @@ def test_the_floor_of_a_convolution_is_the_cheaper_path():
     pairs, o, n = 10 * 11 / 2, 2, 10
     products = floor.gram([first], n, o)
     contraction = pairs * o * o * 57 + n * o * 16 * 54
-    assert products[-1].count == contraction
+    assert products[-1].multiply_adds == contraction
     assert contraction < pairs * 256 * (18 + o * o * 4)
 
 
