@@ -1,12 +1,19 @@
 """The table and the plot of a run's results."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
 from ntkbook.publish import figures
+
+# Okabe and Ito's, and three more
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#7F7F7F", "#56B4E9", "#000000", "#882255", "#999933"
+)  # fmt: skip
+MARKERS = "osD^vP"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -56,19 +63,22 @@ def plot(results: dict[str, Any]) -> str:
     """SVG: a line of dots a problem, time relative to ours on a log scale, and the floor."""
     figures.style()
     shown = {name: found for name, found in results["problems"].items() if "rows" in found}
-    colours: dict[str, Any] = {}
+    styles: dict[str, dict[str, Any]] = {}
+    libraries: dict[str, list[str]] = {}
     figure, ax = plt.subplots(figsize=(7, 1.6 + 0.27 * len(shown)))
-    markers = "osD^vP*X<>hdp"
     for y, found in enumerate(shown.values()):
         ax.plot(found["floor_ratio"], y, "|", color=figures.TRUTH, markersize=11, label="floor" if y == 0 else None)
         for row in found["rows"]:
             if "ratio" not in row:
                 continue
-            new = row["name"] not in colours
-            number = len(colours) if new else colours[row["name"]]
-            colours.setdefault(row["name"], number)
-            style = {"color": plt.get_cmap("tab20")(number % 20), "marker": markers[number % len(markers)]}
-            ax.plot(row["ratio"], y, linestyle="", label=row["name"] if new else None, **style)
+            new = row["name"] not in styles
+            if new:  # a colour a library, a marker a way
+                library = re.split("[ ,]", row["name"])[0]
+                ways = libraries.setdefault(library, [])
+                colour = COLOURS[list(libraries).index(library) % len(COLOURS)]
+                styles[row["name"]] = {"color": colour, "marker": MARKERS[len(ways) % len(MARKERS)]}
+                ways.append(row["name"])
+            ax.plot(row["ratio"], y, linestyle="", label=row["name"] if new else None, **styles[row["name"]])
     ax.axvline(1, color=figures.CONTEXT, linewidth=0.8)
     ax.set(xscale="log", xlabel="time relative to ntkbook; Fisher-vector products: to one gradient")
     ax.set_yticks(range(len(shown)), list(shown), fontsize=7)
