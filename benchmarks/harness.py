@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 import signal
 import statistics
 import sys
@@ -120,12 +121,12 @@ def run_case(
     good = [entry for entry in rows if "reason" not in entry]
     for entry in good:
         entry["median"] = statistics.median(entry["seconds"])
-    base = good[0]["median"] if good and good[0] is rows[0] else math.nan
+    base = good[0]["median"] if good and good[0] is rows[0] else None
     for entry in good:
-        entry["ratio"] = entry["median"] / base
+        entry["ratio"] = entry["median"] / base if base else None
     case.close()
     floor = case.floor()
-    return {"rows": rows, "floor": floor, "floor_ratio": floor / base}
+    return {"rows": rows, "floor": floor, "floor_ratio": floor / base if base else None}
 
 
 def row(name: str, case: Case, limits: Limits, too_slow: str | None) -> dict[str, Any]:
@@ -194,8 +195,13 @@ def guarded(call: Callable[[], Any], entry: dict[str, Any]) -> Any:
         entry["reason"] = str(problem)
     except Exception as problem:
         text = str(problem).strip().partition("\n")[0][:200]
-        memory = isinstance(problem, MemoryError) or "allocate" in text
-        entry["reason"] = f"out of memory: {text}" if memory else f"{type(problem).__name__}: {text}"
+        size = re.search(r"allocat\w+ (?:memory: you tried to allocate )?(\d+)", text)
+        if size:
+            entry["reason"] = f"out of memory: {int(size[1]) / 1e9:.1f} GB at once"
+        elif isinstance(problem, MemoryError):
+            entry["reason"] = f"out of memory: {text}"
+        else:
+            entry["reason"] = f"{type(problem).__name__}: {text}"
     gc.collect()
     return None
 

@@ -43,12 +43,16 @@ def table(results: dict[str, Any]) -> str:
                 low, high = min(row["seconds"]), max(row["seconds"])
                 median = time(row["median"]) + (" (once)" if len(row["seconds"]) == 1 else "")
                 cells = [
-                    row["name"], median, f"{time(low)} to {time(high)}", f"{row['ratio']:.3g}",
+                    row["name"], median, f"{time(low)} to {time(high)}", ratio(row["ratio"]),
                     f"{row['peak'] / 1e6:,.0f} MB", f"{row['error']:.0e}", str(row["chunk_size"] or "its own"), tried,
                 ]  # fmt: skip
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        lines += [f"| floor | {time(found['floor'])} | | {found['floor_ratio']:.3g} | | | | |", ""]
+        lines += [f"| floor | {time(found['floor'])} | | {ratio(found['floor_ratio'])} | | | | |", ""]
     return "\n".join(lines)
+
+
+def ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def outcome(trial: dict[str, Any]) -> str:
@@ -62,7 +66,7 @@ def time(seconds: float) -> str:
 def plot(results: dict[str, Any]) -> str:
     """SVG: a line of dots a problem, time relative to ours on a log scale, and the floor."""
     figures.style()
-    shown = {name: found for name, found in results["problems"].items() if "rows" in found}
+    shown = {name: found for name, found in results["problems"].items() if found.get("floor_ratio")}
     styles: dict[str, dict[str, Any]] = {}
     libraries: dict[str, list[str]] = {}
     figure, ax = plt.subplots(figsize=(7, 1.6 + 0.27 * len(shown)))
@@ -83,7 +87,8 @@ def plot(results: dict[str, Any]) -> str:
     ax.set(xscale="log", xlabel="time relative to ntkbook; Fisher-vector products: to one gradient")
     ax.set_yticks(range(len(shown)), list(shown), fontsize=7)
     ax.invert_yaxis()
-    figure.legend(loc="outside lower center", ncols=3, fontsize=7)
+    if shown:
+        figure.legend(loc="outside lower center", ncols=3, fontsize=7)
     picture = figures.svg(figure)
     plt.close(figure)
     return picture

@@ -161,6 +161,19 @@ def test_it_resumes(tmp_path, capsys):
         run(tmp_path, chosen, "--quick")
 
 
+def test_without_our_own_time_there_are_no_ratios(tmp_path):
+    def build(settings):
+        case = toy(other=Competitor(lambda inputs, size: 2 * inputs[0]))
+        case.competitors["right"].run = lambda inputs, size: inputs[0]
+        return case
+
+    found = run(tmp_path, [problems.Problem("one", "a", build)])["problems"]["one"]
+    assert found["rows"][0]["reason"].startswith("disagrees")
+    assert found["rows"][1]["ratio"] is None
+    assert found["floor_ratio"] is None
+    assert "NaN" not in (tmp_path / "results.json").read_text()
+
+
 def test_a_slow_one_is_timed_once():
     found = harness.run_case(toy(), 3, Limits(once=0.0), lambda text: None, {})
     assert len(found["rows"][0]["seconds"]) == 1
