@@ -125,7 +125,7 @@ class FeatureMaker:
         """Bytes of an example's features."""
         made = [0 if ghost else shape.o * shape.rows for shape, ghost in zip(shapes, self.ghosts)]
         largest = max([2 * numbers + rows for numbers, rows in zip(factors, made)], default=0)
-        self.work = 2 * (1 + o) * memory + itemsize * max(largest, 3 * o * p)
+        self.work = (2 + o) * memory + itemsize * max(largest, 3 * o * p)
         """Bytes an example takes while its features are made: activations, o derivatives of each, a layer's factors
         and rows; or torch's rows of the rest with copies."""
         self.tile = max([(s.o * s.t) ** 2 for s, ghost in zip(shapes, self.ghosts) if ghost], default=1)

@@ -166,32 +166,48 @@ def layer_features(
         basis = directions(f.detach()) if directions else _units(f, output)
         k = len(basis)
         wanted = [shift for layer in layers for shift in shifts[id(layer.module)]]
-        derivatives: list[Tensor | None] = [None] * len(wanted)
+        batched = differentiable or all(isinstance(layer.module, nn.Linear) for layer in layers)
         if f.requires_grad:
-            derivatives = list(
-                torch.autograd.grad(
-                    f,
-                    wanted,
-                    basis if k > 1 else basis[0],
-                    is_grads_batched=k > 1,
-                    create_graph=differentiable,
-                    allow_unused=True,
-                )
-            )
+            derivatives = (_all_at_once if batched else _one_by_one)(f, wanted, basis, differentiable)
+        else:
+            derivatives = [z.new_zeros(len(z), k, *z.shape[1:]) for z in wanted]
     del f
     derivatives.reverse()  # from the end, to let go of each when its layer is done
     for layer in layers:
         module = layer.module
         parts = []
-        for shift in shifts.pop(id(module)):
-            d = derivatives.pop()
-            d = shift.new_zeros(k, *shift.shape) if d is None else d.reshape(k, *shift.shape)
-            parts.append(_derivatives(module, d.transpose(0, 1)))
+        for _ in shifts.pop(id(module)):
+            parts.append(_derivatives(module, derivatives.pop()))
         d, calls = _joined(parts, 3), inputs.pop(id(module))
         if layer.weight:
             yield LayerFeatures(layer, _joined([_inputs(module, a, layer.bias) for a in calls], 2), d)
         else:  # the bias alone: one position, whose derivative is the sum
             yield LayerFeatures(layer, d.new_ones(len(d), 1, 1, 1), d.sum(3).flatten(2)[:, :, None, None])
+
+
+def _all_at_once(
+    f: Tensor, wanted: list[Tensor], basis: Float[Tensor, "k n o"], differentiable: bool
+) -> list[Float[Tensor, "n k *z"]]:
+    """The derivatives of the k products of f with the basis in what is wanted, (n, *z) each, by one pass backward."""
+    k = len(basis)
+    options = {"is_grads_batched": k > 1, "create_graph": differentiable, "allow_unused": True}
+    found = torch.autograd.grad(f, wanted, basis if k > 1 else basis[0], **options)
+    return [
+        (z.new_zeros(k, *z.shape) if d is None else d.reshape(k, *z.shape)).transpose(0, 1)
+        for z, d in zip(wanted, found)
+    ]
+
+
+def _one_by_one(
+    f: Tensor, wanted: list[Tensor], basis: Float[Tensor, "k n o"], differentiable: bool
+) -> list[Float[Tensor, "n k *z"]]:
+    """The same by k passes: torch's batched derivatives of convolutions are k passes as well, and copies."""
+    found = [z.new_zeros(len(z), len(basis), *z.shape[1:]) for z in wanted]
+    for row, u in enumerate(basis):
+        for d, one in zip(found, torch.autograd.grad(f, wanted, u, retain_graph=True, allow_unused=True)):
+            if one is not None:
+                d[:, row] = one
+    return found
 
 
 def gradient_rows(feature: LayerFeatures) -> Float[Tensor, "n o g z i"]:
