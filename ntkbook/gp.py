@@ -12,6 +12,7 @@ from ntkbook.hyperparameters import ProfileLikelihood
 from ntkbook.iterative import Iterative
 from ntkbook.linearize import Linearization
 from ntkbook.memory import require_memory
+from ntkbook.nystrom import Nystrom
 from ntkbook.posterior import Posterior, distribution
 
 Mean = str | Callable[[Tensor], Tensor]
@@ -35,7 +36,8 @@ class NTKGP:
         space: "function" or "parameter". A prediction's cost grows with the data in the one, with the cached subspace's
             rank in the other.
         solver: "cholesky", the default in function space; "cg", the only one in parameter space; or an
-            `Iterative` that sets its tolerance, rank and so on. `Posterior.report` says what was reached.
+            `Iterative` that sets its tolerance, rank and so on; or a `Nystrom`, for up to millions of points, which
+            works in both spaces at once. `Posterior.report` says what was reached.
         dtype: of all computations, whatever the network's: float32 loses the small eigenvalues.
     """
 
@@ -47,15 +49,15 @@ class NTKGP:
         noise: float = 1e-2,
         mean: Mean = "zero",
         space: str = "function",
-        solver: str | Iterative | None = None,
+        solver: str | Iterative | Nystrom | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
         if isinstance(mean, str) and mean not in ("zero", "constant", "network"):
             raise ValueError(f'mean: expected "zero", "constant", "network" or a function, got {mean!r}.')
         if space not in ("function", "parameter"):
             raise ValueError(f'space: expected "function" or "parameter", got {space!r}.')
-        if not isinstance(solver, Iterative) and solver not in (None, "cholesky", "cg"):
-            raise ValueError(f'solver: expected "cholesky", "cg" or an Iterative, got {solver!r}.')
+        if not isinstance(solver, Iterative | Nystrom) and solver not in (None, "cholesky", "cg"):
+            raise ValueError(f'solver: expected "cholesky", "cg", an Iterative or a Nystrom, got {solver!r}.')
         if space == "parameter" and solver == "cholesky":
             raise ValueError(
                 'solver: parameter space has "cg" alone: a Cholesky factor of a p × p matrix is what it avoids.'
@@ -67,7 +69,7 @@ class NTKGP:
         self.lin = lin if lin.dtype == dtype else lin.to(dtype=dtype)
         self.outputscale, self.noise, self.mean = float(outputscale), float(noise), mean
         self.space = space
-        self.iterative = solver if isinstance(solver, Iterative) else None
+        self.iterative = solver if isinstance(solver, Iterative | Nystrom) else None
         if self.iterative is None and (solver == "cg" or space == "parameter"):
             self.iterative = Iterative()
         self.constant: Float[Tensor, " o"] | None = None
