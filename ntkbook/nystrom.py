@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -59,6 +60,27 @@ class Nystrom:
             value = getattr(self, name)
             if not isinstance(value, Integral) or value is True or value < 1:
                 raise ValueError(f"Nystrom: expected a whole number of {name}, at least 1, got {value}.")
+
+
+class Cost(NamedTuple):
+    """Multiplications, and bytes of memory."""
+
+    multiplications: float
+    memory: float
+
+
+def counted_costs(lin: Linearization, values: int, rank: int = 100) -> dict[str, Cost]:
+    """What conditioning on so many observed values takes by "cholesky" and by "nystrom" with `rank` landmarks, counted.
+
+    An entry of the Gram matrix takes the sum of the layers' inputs and outputs, a product with JJᵀ 6p a value; three of
+    these serve a kernel whose directions the landmarks hold (the start's residual, an iteration, the last residual).
+    """
+    entry = sum(w.shape[0] + w.numel() / w.shape[0] for w in lin.params.values() if w.ndim > 1)
+    p, itemsize = lin.num_params, lin.dtype.itemsize
+    return {
+        "cholesky": Cost(values**2 / 2 * entry + values**3 / 6, 4 * values**2 * itemsize),
+        "nystrom": Cost(values * (rank * (entry + 4 * rank) + 18 * p), 3 * rank * max(values, p) * itemsize),
+    }
 
 
 class Landmarks:

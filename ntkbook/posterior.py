@@ -40,8 +40,10 @@ class Posterior:
         self._lin, self._scale, self._sigma2 = gp.lin, gp.outputscale, gp.noise if own_noise else None
         self._x, self._tasks, self._o = x.clone(), tasks, y.shape[2]
         residuals = (y - gp._mean(x)).flatten(1)
-        self._observed, self._group_of = observed, _ = torch.unique(~torch.isnan(y.flatten(1)), dim=0, return_inverse=True)
-        iterative = gp.iterative
+        self._observed, self._group_of = observed, _ = torch.unique(
+            ~torch.isnan(y.flatten(1)), dim=0, return_inverse=True
+        )
+        gp.iterative = iterative = gp._solver(residuals.shape[1])
         if iterative is not None:
             self._x = self._x.detach()
         gram = residuals.new_empty(0)
@@ -81,6 +83,12 @@ class Posterior:
             return None
         reports = [group.report for group in self._groups]
         return Report(*(self._per_task(list(field)) for field in zip(*reports)))
+
+    @property
+    def solver(self) -> str:
+        """ "cholesky", "cg" or "nystrom"."""
+        iterative = self._gp.iterative
+        return "cholesky" if iterative is None else "nystrom" if isinstance(iterative, Nystrom) else "cg"
 
     @property
     def weights(self) -> Tensor:

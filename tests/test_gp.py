@@ -11,8 +11,8 @@ from oracles.networks import build
 from torch import nn
 
 from ntkbook import NTKGP, Linearization, Nystrom
-from ntkbook.experiments.networks import mlp
 from ntkbook import posterior as posterior_module
+from ntkbook.experiments.networks import mlp
 
 TOLERANCE = 1e-8  # of the prior's size
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ntkbook import NTKGP, ConvergenceWarning, Linearization, Nystrom
 from ntkbook.experiments.networks import mlp
 from ntkbook.krylov import Whitened
-from ntkbook.nystrom import Landmarks, pivots
+from ntkbook.nystrom import Landmarks, counted_costs, pivots
 
 ROUNDING = 1e-12  # of the prior variance: how far below the truth a variance may lie by rounding alone
 
@@ -255,6 +255,21 @@ def test_a_kernel_of_zero_is_refused():
     net = torch.nn.Linear(2, 1, bias=False, dtype=torch.double)
     with pytest.raises(ValueError, match="the kernel is zero"):
         NTKGP(net, solver=Nystrom()).condition(torch.zeros(5, 2), torch.ones(5))
+
+
+def test_auto_takes_what_costs_less_and_says_which(monkeypatch):
+    net, x = network(), draw(1000, 2)
+    gp = NTKGP(net, noise=0.1, solver="auto")
+    small, large = gp.condition(x[:20], x[:20, 0]), gp.condition(x, x[:, 0])
+    assert (small.solver, large.solver) == ("cholesky", "nystrom")
+    assert large.report.converged
+    assert small.report is None
+    assert NTKGP(net, solver="cg").condition(x[:9], x[:9, 0]).solver == "cg"
+    gram, landmarks = (counted_costs(gp.lin, 1000)[name] for name in ("cholesky", "nystrom"))
+    assert gram.multiplications > landmarks.multiplications
+    assert counted_costs(gp.lin, 20)["cholesky"].multiplications == 20**2 / 2 * (11 + 18 + 10) + 20**3 / 6
+    monkeypatch.setattr("ntkbook.gp.total_memory", lambda device: 4 * 20**2 * 8)  # twice of what it takes is too much
+    assert gp.condition(x[:20], x[:20, 0]).solver == "nystrom"
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
 
-def run(data: Malaria, s: Settings, say: Callable[[str], None] = print) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def run(data: Malaria, s: Settings, say: Callable[[str], None] = print) -> tuple[dict[str, Any], dict[str, Any]]:
     """The numbers, and the coarse maps. Memory is the process's peak, so sizes grow; Cholesky comes last."""
     x, (before, after) = data.unit(), data.rate
     n = len(x)
@@ -151,6 +151,7 @@ def run(data: Malaria, s: Settings, say: Callable[[str], None] = print) -> tuple
         where, target = x[chosen], after[chosen]
         posterior, seconds = timed(f"conditioning on {len(chosen):,} pixels", lambda: gp.condition(where, target))
         report = posterior.report
+        assert report is not None  # it is no Cholesky
         out.setdefault("costs", []).append(
             {"n": len(chosen), "seconds": seconds, "memory": peak(), "residual": float(report.residual),
              "iterations": int(report.iterations), "rank": int(report.rank), "mean_error": float(report.mean_error),
@@ -214,7 +215,7 @@ def run(data: Malaria, s: Settings, say: Callable[[str], None] = print) -> tuple
     (m, v), (m_quick, v_quick) = exact.marginals(x[star]), quick.marginals(x[star])
     sd, latent, difference = (v + gp.noise).sqrt(), v.sqrt(), (m - m_quick).abs()
     out["dense"] = {
-        "n": len(some), "seconds": seconds, "residual": float(quick.report.residual),
+        "n": len(some), "seconds": seconds,
         "mean_in_predictive_sd": float((difference / sd).max()), "mean_in_sd": float((difference / latent).max()),
         "predictive_sd": float((((v_quick + gp.noise) / (v + gp.noise)).sqrt() - 1).abs().max()),
         "sd": [float(q(v_quick.sqrt() / latent - 1)) for q in (torch.min, torch.max)],

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import torch
-from botorch.models import SingleTaskGP
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -68,8 +68,8 @@ def last_layer(mean: nn.Sequential, x: Tensor, y: Tensor) -> FeatureGP:
     return FeatureGP(scaled, lambda x: scaled(x).square().sum(1), float(found.noise))
 
 
-def inducing_rbf(gp: SingleTaskGP, x: Tensor, m: int) -> FeatureGP:
-    """A fitted RBF GP seen through m of the points x, chosen as the network's landmarks are."""
+def inducing_rbf(gp: Any, x: Tensor, m: int) -> FeatureGP:
+    """`fit_rbf`'s GP seen through m of the points x, chosen as the network's landmarks are."""
     kernel = lambda a, b: gp.covar_module(a, b).to_dense().detach()  # noqa: E731
     gram = kernel(x, x)
     z = x[pivots(gram, m, 1e-10 * float(gram.trace()))]
