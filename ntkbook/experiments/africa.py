@@ -163,8 +163,12 @@ def run(data: Malaria, s: Settings, say: Callable[[str], None] = print) -> tuple
     for size in s.sizes:
         if size < n:
             cost(late[:size])
-            expected = out["costs"][-1]["seconds"] * n / size / 60
-            say(f"    at this rate all {n:,} pixels take {expected:.1f} minutes")
+            less, last = ([{"n": 0, "seconds": 0.0}] + out["costs"])[-2:]
+            rate = (last["seconds"] - less["seconds"]) / (last["n"] - less["n"])
+            expected = last["seconds"] + rate * (n - last["n"])
+            say(
+                f"    at this rate all {n:,} pixels take {expected / 60:.1f} minutes; all that follows, four times that"
+            )
     every = torch.arange(n)
     posterior = cost(every)
     (mean_map, sd_map), seconds = timed("predictions", lambda: posterior.marginals(x))
