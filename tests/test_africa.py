@@ -75,9 +75,10 @@ def test_hyperparameters_are_those_of_fit_or_of_the_limit():
 def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(africa, "Settings", lambda: SMALL)
     out = tmp_path / "results" / "04_malaria.africa.json"
-    africa.main(["--source", "embedded", "--out", str(out), "--pixels", "900"])
+    africa.main(["--source", "embedded", "--out", str(out), "--pixels", "900", "--condition", "1e8"])
     stored = json.loads(out.read_text())
     assert stored["n"] == 900
+    assert stored["settings"]["condition"] == 1e8
     assert stored["data"]["source"] == "made-up"
     assert {"truth", "blind", "mean", "sd", "extent"} == set(np.load(out.with_suffix(".npz")))
     assert "wrote" in capsys.readouterr().out

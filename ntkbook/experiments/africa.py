@@ -42,7 +42,7 @@ class Settings:
         n_train, hidden, epochs, lr, batch_size, momenta: of the network; the first momentum that does not diverge.
         subset: pixels of the later map that hyperparameters are fitted to. rbf_points: of them, for the RBF kernel.
         condition: the largest n · mean k(x, x) · s² / σ². Rounding of α alone leaves a relative residual of some
-            1e-16 / √n times it: beyond, float64 cannot tell whether the system is solved.
+            1e-16 / √n times it (seen: up to three times that): float64 cannot tell more of whether it is solved.
         held_out: share of the pixels that errors are measured on.
         dense: pixels on which Cholesky is compared with. compared: points where.
         sizes: numbers of pixels for the costs, those on all apart.
@@ -236,9 +236,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--source", default="real", choices=["real", "auto", "embedded"])
     parser.add_argument("--out", type=Path, default=Path("book/results/04_malaria.africa.json"))
     parser.add_argument("--pixels", type=int, help="only so many pixels, at random: a rehearsal")
+    parser.add_argument("--condition", type=float, help="of Settings, instead of its default")
     chosen = parser.parse_args(arguments)
     data = load_malaria((2012, 2015), "africa", source=chosen.source, data_dir=chosen.data_dir)
     settings = Settings()
+    settings = replace(settings, condition=chosen.condition or settings.condition)
     if chosen.pixels:
         shuffled = torch.randperm(len(data.longitude), generator=torch.Generator().manual_seed(1))
         kept = shuffled[: chosen.pixels].sort().values
