@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ntkbook.iterative import ConvergenceWarning, Iterative, Report
     from ntkbook.kernel import NTKKernel
     from ntkbook.linearize import Linearization
+    from ntkbook.nystrom import Nystrom
     from ntkbook.posterior import Posterior
     from ntkbook.similarity import (
         by_layer,
@@ -36,6 +37,7 @@ __all__ = [
     "Iterative",
     "Linearization",
     "NTKKernel",
+    "Nystrom",
     "Posterior",
     "Report",
     "TaskHyperparameters",
@@ -60,6 +62,7 @@ _HOMES = {
     "Linearization": "linearize",
     "NTKGP": "gp",
     "NTKKernel": "kernel",
+    "Nystrom": "nystrom",
     "Posterior": "posterior",
     "Report": "iterative",
     "TaskHyperparameters": "tasks",

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ntkbook.hyperparameters import ProfileLikelihood
 from ntkbook.iterative import Iterative
 from ntkbook.linearize import Linearization
-from ntkbook.memory import require_memory
+from ntkbook.memory import require_memory, total_memory
+from ntkbook.nystrom import Nystrom, counted_costs
 from ntkbook.posterior import Posterior, distribution
 from ntkbook.tasks import Basis, TaskHyperparameters, TaskPosterior, fit_tasks, rank_is_low
 
@@ -38,7 +39,10 @@ class NTKGP:
         space: "function" or "parameter". A prediction's cost grows with the data in the one, with the cached subspace's
             rank in the other.
         solver: "cholesky", the default in function space; "cg", the only one in parameter space; or an
-            `Iterative` that sets its tolerance, rank and so on. `Posterior.report` says what was reached.
+            `Iterative` that sets its tolerance, rank and so on; or a `Nystrom`, for up to millions of points, which
+            works in both spaces at once; or "auto", `Nystrom` where Cholesky would take more than half of the memory or
+            more multiplications (`ntkbook.nystrom.counted_costs`), else Cholesky. `Posterior.solver` says which it
+            was, and `Posterior.report` what was reached.
         dtype: of all computations, whatever the network's: float32 loses the small eigenvalues.
     """
 
@@ -50,16 +54,16 @@ class NTKGP:
         noise: float = 1e-2,
         mean: Mean = "zero",
         space: str = "function",
-        solver: str | Iterative | None = None,
+        solver: str | Iterative | Nystrom | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
         if isinstance(mean, str) and mean not in ("zero", "constant", "network"):
             raise ValueError(f'mean: expected "zero", "constant", "network" or a function, got {mean!r}.')
         if space not in ("function", "parameter"):
             raise ValueError(f'space: expected "function" or "parameter", got {space!r}.')
-        if not isinstance(solver, Iterative) and solver not in (None, "cholesky", "cg"):
-            raise ValueError(f'solver: expected "cholesky", "cg" or an Iterative, got {solver!r}.')
-        if space == "parameter" and solver == "cholesky":
+        if not isinstance(solver, Iterative | Nystrom) and solver not in (None, "cholesky", "cg", "auto"):
+            raise ValueError(f'solver: expected "cholesky", "cg", "auto", an Iterative or a Nystrom, got {solver!r}.')
+        if space == "parameter" and solver in ("cholesky", "auto"):
             raise ValueError(
                 'solver: parameter space has "cg" alone: a Cholesky factor of a p × p matrix is what it avoids.'
             )
@@ -69,8 +73,8 @@ class NTKGP:
         lin = net if isinstance(net, Linearization) else Linearization(net)
         self.lin = lin if lin.dtype == dtype else lin.to(dtype=dtype)
         self.outputscale, self.noise, self.mean = float(outputscale), float(noise), mean
-        self.space = space
-        self.iterative = solver if isinstance(solver, Iterative) else None
+        self.space, self._auto = space, solver == "auto"
+        self.iterative = solver if isinstance(solver, Iterative | Nystrom) else None
         if self.iterative is None and (solver == "cg" or space == "parameter"):
             self.iterative = Iterative()
         self.constant: Float[Tensor, " o"] | None = None
@@ -250,6 +254,14 @@ class NTKGP:
         if not torch.isfinite(mean).all():
             raise ValueError(f"mean: {int((~torch.isfinite(mean)).sum())} of {mean.numel()} values are not finite.")
         return mean
+
+    def _solver(self, values: int) -> Iterative | Nystrom | None:
+        """How to condition on so many observed values; None is Cholesky."""
+        if not self._auto:
+            return self.iterative
+        gram, landmarks = counted_costs(self.lin, values).values()
+        fits = gram.memory <= total_memory(self.lin.device) / 2
+        return None if fits and gram.multiplications <= landmarks.multiplications else Nystrom()
 
     def _require_room(self, n: int, copies: int = 3, instead: str = "Use fewer points.") -> None:
         what = f"Conditioning on {n:,} values (a Gram matrix and its factor)"

@@ -76,6 +76,13 @@ class Report(NamedTuple):
     converged: Tensor
 
 
+def left(prior: Tensor, explained: Float[Tensor, "r m"]) -> Tensor:
+    """prior − EᵀE (m, m), or its diagonal (m,), which is not negative, where `prior` is one."""
+    if prior.ndim == 2:
+        return prior - explained.T @ explained
+    return (prior - explained.square().sum(0)).clamp_min(0)
+
+
 class IterativeConditioning:
     """One pattern of observed values, conditioned on by products, for the tasks that share it.
 
@@ -161,19 +168,26 @@ class IterativeConditioning:
             )
         return solution, error, relative, torch.full_like(error, used).long()
 
-    def moments(self, x: Tensor, cross: Float[Tensor, "m every"]) -> tuple[Float[Tensor, "t m"], Float[Tensor, "r m"]]:
-        """Each task's mean at x less the prior mean, and E with posterior covariance = prior − EᵀE.
+    def moments(self, x: Tensor, cross: Float[Tensor, "m every"], prior: Tensor) -> tuple[Float[Tensor, "t m"], Tensor]:
+        """Each task's mean at x less the prior mean; the covariance, or its diagonal where `prior` is one.
 
         `cross`: the prior covariance of f at x and at all data; parameter space does without.
         """
         if self._subspace.c is not None:
             parts = (self._lin.jvp(x, part).flatten(0, 1).T for part in (self._solution, self._subspace.c))
             mean, explained = (self._scale**0.5 * part for part in parts)
-            return self._unit[:, None] * mean, explained
+            return self._unit[:, None] * mean, left(prior, explained)
         cross = cross[:, self._seen] / self._deviation
         lower = self._subspace.root.T
         explained = torch.linalg.solve_triangular(lower, (cross @ self._subspace.q).T, upper=False)
-        return self._unit[:, None] * (cross @ self._solution).T, explained
+        return self._unit[:, None] * (cross @ self._solution).T, left(prior, explained)
+
+    @property
+    def weights(self) -> Float[Tensor, "t N"]:
+        """α of (s²K + Σ) α = y − m for each task."""
+        parameter = self._subspace.c is not None
+        solution = self._target - self._system.forward(self._solution) if parameter else self._solution
+        return (solution / self._deviation[:, None] * self._unit).T
 
     @cached_property
     def log_likelihood(self) -> tuple[Float[Tensor, " t"], float]:

@@ -1,7 +1,7 @@
 """What an iterative conditioning is made of: products with a whitened Jacobian, a subspace, conjugate gradients."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,27 +17,46 @@ class Whitened:
 
     I + AᵀA is the posterior's precision in the parameters divided by s, I + AAᵀ the data's covariance in units of the
     noise.
+
+    Attributes:
+        lin, x, seen: of the examples that have an observed value.
+        shape: (N, p).
+        squares: the sum of A's squared entries, which is the trace of AAᵀ.
     """
 
     def __init__(
         self, lin: Linearization, x: Tensor, seen: Bool[Tensor, "n o"], noise: Float[Tensor, " N"], scale: float
     ) -> None:
         some = seen.any(1)
-        self._lin, self._x, self._seen = lin, x[some], seen[some]
+        self.lin, self.x, self.seen = lin, x[some], seen[some]
         self._weight = (scale / noise).sqrt()
         self.shape = (len(noise), lin.num_params)
-        # The sum of A's squared entries, which is the trace of AAᵀ.
-        self.squares = float((self._weight.square() * lin.diagonal(self._x)[self._seen.flatten()]).sum())
+        self.squares = float((self._weight.square() * lin.diagonal(self.x)[self.seen.flatten()]).sum())
+
+    @property
+    def weights(self) -> Float[Tensor, "n o"]:
+        """s Σ^(-1/2) of every value, 0 where it was not observed."""
+        weights = self._weight.new_zeros(self.seen.shape)
+        weights[self.seen] = self._weight
+        return weights
+
+    def parts(self, size: int) -> Iterator[tuple[Tensor, Bool[Tensor, " no"], Float[Tensor, " N"]]]:
+        """`size` examples at a time: inputs, which of their values were observed, and s Σ^(-1/2) of those."""
+        start = 0
+        for x, seen in zip(self.x.split(size), self.seen.split(size)):
+            count = int(seen.sum())
+            yield x, seen.flatten(), self._weight[start : start + count]
+            start += count
 
     def forward(self, v: Float[Tensor, "p k"]) -> Float[Tensor, "N k"]:
         """A v."""
-        return self._lin.jvp(self._x, v)[self._seen] * self._weight[:, None]
+        return self.lin.jvp(self.x, v)[self.seen] * self._weight[:, None]
 
     def adjoint(self, u: Float[Tensor, "N k"]) -> Float[Tensor, "p k"]:
         """Aᵀu."""
-        spread = u.new_zeros(*self._seen.shape, u.shape[1])
-        spread[self._seen] = u * self._weight[:, None]
-        return self._lin.vjp(self._x, spread)
+        spread = u.new_zeros(*self.seen.shape, u.shape[1])
+        spread[self.seen] = u * self._weight[:, None]
+        return self.lin.vjp(self.x, spread)
 
 
 class Subspace:
@@ -115,11 +134,7 @@ class Subspace:
             z = r - self.c @ inside
             inside = torch.linalg.solve_triangular(self.root, inside, upper=True)
             return z, z.square().sum(0) + inside.square().sum(0)
-        inside = self.q.T @ r
-        outside = r - self.q @ inside
-        half = torch.linalg.solve_triangular(self.root.T, inside, upper=False)
-        z = outside + self.q @ torch.linalg.solve_triangular(self.root, half, upper=True)
-        return z, outside.square().sum(0) + half.square().sum(0)
+        return inverse(self.q, self.root, r)
 
     def outside(self, system: Whitened, probes: int, seed: int) -> tuple[float, float]:
         """log det(I + AAᵀ) less `log_determinant`, which lies between 0 and the slack: an estimate and its error.
@@ -150,6 +165,17 @@ class Subspace:
         return z - self.q @ (self.q.T @ z)
 
 
+def inverse(
+    q: Float[Tensor, "N r"], root: Float[Tensor, "r r"], b: Float[Tensor, "N t"]
+) -> tuple[Float[Tensor, "N t"], Float[Tensor, " t"]]:
+    """z = (I + Q (RᵀR − I) Qᵀ)⁻¹ b, and bᵀz as a sum of squares; Q has orthonormal columns, and R is triangular."""
+    inside = q.T @ b
+    outside = b - q @ inside
+    half = torch.linalg.solve_triangular(root.T, inside, upper=False)
+    z = outside + q @ torch.linalg.solve_triangular(root, half, upper=True)
+    return z, outside.square().sum(0) + half.square().sum(0)
+
+
 def conjugate_gradients(
     apply: Product,
     residual: Product,
@@ -159,6 +185,7 @@ def conjugate_gradients(
     *,
     tolerance: float,
     max_iterations: int,
+    relative_to: Float[Tensor, " t"] | None = None,
 ) -> tuple[Float[Tensor, "k t"], Float[Tensor, " t"], Float[Tensor, " t"], int]:
     """Preconditioned conjugate gradients for t right-hand sides, restarted from true residuals.
 
@@ -170,12 +197,14 @@ def conjugate_gradients(
         precondition: of a residual r, z close to the solution and rᵀz, one number a column.
         size: of a residual r and its rᵀz, one number a column.
         tolerance: of the size of the residual, relative to the start's.
+        relative_to: sizes to take for the start's, one a column.
 
     Returns:
         The solution; the size of its true residual, and that relative to the start's; the number of iterations.
     """
     solution, used, r = start, 0, residual(start)
-    first = error = size(r, precondition(r)[1])
+    error = size(r, precondition(r)[1])
+    first = error if relative_to is None else relative_to
     while used < max_iterations and bool((error > tolerance * first).any()):
         target = 0.1 * torch.minimum(tolerance * first, error)
         step, used = _inner(apply, r, precondition, size, target, max_iterations, used)

@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float
 from linear_operator import to_linear_operator
 from torch import Tensor
 
-from ntkbook.iterative import IterativeConditioning, Report
+from ntkbook.iterative import IterativeConditioning, Report, left
 from ntkbook.memory import require_memory, working_memory
+from ntkbook.nystrom import Nystrom, NystromConditioning
 
 if TYPE_CHECKING:
     from ntkbook.gp import NTKGP
@@ -40,8 +41,10 @@ class Posterior:
         self._lin, self._scale, self._sigma2 = gp.lin, gp.outputscale, gp.noise if own_noise else None
         self._x, self._tasks, self._o = x.clone(), tasks, y.shape[2]
         residuals = (y - gp._mean(x)).flatten(1)
-        observed, self._group_of = torch.unique(~torch.isnan(y.flatten(1)), dim=0, return_inverse=True)
-        iterative = gp.iterative
+        self._observed, self._group_of = observed, _ = torch.unique(
+            ~torch.isnan(y.flatten(1)), dim=0, return_inverse=True
+        )
+        gp.iterative = iterative = gp._solver(residuals.shape[1])
         if iterative is not None:
             self._x = self._x.detach()
         gram = residuals.new_empty(0)
@@ -49,26 +52,18 @@ class Posterior:
             instead = 'Use fewer points, or solver="cg", which forms no Gram matrix.'
             gp._require_room(residuals.shape[1], copies=3 + len(observed), instead=instead)
             gram = gp.lin.gram(x).mul_(gp.outputscale)
-        self._groups: list[Cholesky | IterativeConditioning] = []
+        self._groups: list[Cholesky | IterativeConditioning | NystromConditioning] = []
         for g, seen in enumerate(observed):
             r, sigma2 = residuals[self._group_of == g][:, seen], noise.flatten()[seen]
             if iterative is None or not seen.any():
                 matrix = gram[seen][:, seen] if seen.any() else r.new_empty(0, 0)
                 self._groups.append(Cholesky(matrix, sigma2, r, seen))
+                continue
+            data = gp.lin, x, seen.view(-1, self._o), sigma2, r, gp.outputscale
+            if isinstance(iterative, Nystrom):
+                self._groups.append(NystromConditioning(*data, iterative))
             else:
-                self._groups.append(
-                    IterativeConditioning(
-                        gp.lin,
-                        x,
-                        seen.view(-1, self._o),
-                        sigma2,
-                        r,
-                        gp.outputscale,
-                        gp.space,
-                        iterative,
-                        1 / len(observed),
-                    )
-                )
+                self._groups.append(IterativeConditioning(*data, gp.space, iterative, 1 / len(observed)))
 
     @property
     def log_marginal_likelihood(self) -> Tensor:
@@ -89,6 +84,27 @@ class Posterior:
             return None
         reports = [group.report for group in self._groups]
         return Report(*(self._per_task(list(field)) for field in zip(*reports)))
+
+    @property
+    def solver(self) -> str:
+        """ "cholesky", "cg" or "nystrom"."""
+        iterative = self._gp.iterative
+        return "cholesky" if iterative is None else "nystrom" if isinstance(iterative, Nystrom) else "cg"
+
+    @property
+    def weights(self) -> Tensor:
+        """α of (s²K + Σ) α = y − m(x): (n,) or (n, o), NaN where nothing was observed. The mean is m + s² K(·, x) α."""
+        every = torch.full((len(self._group_of), len(self._x) * self._o), torch.nan).to(self._groups[0].weights)
+        for g, (group, seen) in enumerate(zip(self._groups, self._observed)):
+            every[(self._group_of == g)[:, None] & seen] = group.weights.flatten()
+        every = every.view(-1, len(self._x), self._o)
+        every = every if self._o > 1 else every[..., 0]
+        return every if self._tasks else every[0]
+
+    @property
+    def _crossed(self) -> bool:
+        """Whether predictions are made from Gram columns of all data."""
+        return self._gp.space == "function" and not isinstance(self._gp.iterative, Nystrom)
 
     def _per_task(self, values: list[Tensor]) -> Tensor:
         """One tensor a group, put in the order of the tasks."""
@@ -118,11 +134,11 @@ class Posterior:
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of f at x: (m,) or (m, o). No m × m matrix is formed: for many points."""
-        return self._marginals(x)[0]
+        return self.marginals(x)[0]
 
     def variance(self, x: Tensor) -> Tensor:
         """The variance of f at x, of the mean's shape. No m × m matrix is formed: for many points."""
-        return self._marginals(x)[1]
+        return self.marginals(x)[1]
 
     def sample(self, x: Tensor, num_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
         """Joint draws of f at x, (num_samples, m) or (num_samples, m, o), through the covariance's eigenvectors.
@@ -137,9 +153,13 @@ class Posterior:
         draws = draws if self._o > 1 else draws[..., 0]
         return draws if self._tasks else draws[:, 0]
 
-    def _marginals(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def marginals(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`mean` and `variance` at once, for one's price."""
         x = self._gp._inputs(x)
-        size = max(1, working_memory(x.device) // (32 * len(self._x) * self._o * self._o))
+        columns = len(self._x) * self._o
+        if not self._crossed:
+            columns = max(1, *(int(group.report.rank.max()) for group in self._groups))
+        size = max(1, working_memory(x.device) // (32 * columns * self._o))
         parts = [self._moments(part, full=False) for part in x.split(size)]
         mean, variance = (torch.cat(part, dim=1) for part in zip(*parts))
         if self._o == 1:
@@ -151,7 +171,7 @@ class Posterior:
         prior_mean = self._gp._mean(x)
         if full:
             self._require_covariances(x, prior_mean.numel())
-        if self._gp.space == "function":
+        if self._crossed:
             cross = self._scale * self._lin.gram(x, self._x)
         else:  # only tasks without data, which take no column, look at it
             cross = x.new_zeros((), dtype=self._lin.dtype).expand(prior_mean.numel(), len(self._x) * self._o)
@@ -160,12 +180,8 @@ class Posterior:
         second = prior.new_empty(len(self._group_of), *prior.shape)
         for g, group in enumerate(self._groups):
             members = self._group_of == g
-            moved, explained = group.moments(x, cross)
+            moved, second[members] = group.moments(x, cross, prior)
             mean[members] += moved.reshape(-1, *prior_mean.shape)
-            if full:
-                second[members] = prior - explained.T @ explained
-            else:
-                second[members] = (prior - explained.square().sum(0)).clamp_min(0)
         return mean, second if full else second.view(-1, *prior_mean.shape)
 
     def _require_covariances(self, x: Tensor, values: int) -> None:
@@ -186,19 +202,19 @@ class Cholesky:
     ) -> None:
         self._seen, self._factor = seen, _factorise(gram, noise)
         whitened = torch.linalg.solve_triangular(self._factor, residuals.T, upper=False)
-        self._weights = torch.linalg.solve_triangular(self._factor.T, whitened, upper=True).T
+        self.weights = torch.linalg.solve_triangular(self._factor.T, whitened, upper=True).T
         constant = self._factor.diagonal().log().sum() + 0.5 * len(noise) * math.log(2 * math.pi)
         self.log_likelihood = (-0.5 * whitened.square().sum(0) - constant, 0.0)
         zero, count = residuals.new_zeros(len(residuals)), residuals.new_zeros(len(residuals), dtype=torch.long)
         self.report = Report(zero, zero, zero, count, count, count == 0)
 
-    def moments(self, x: Tensor, cross: Float[Tensor, "m every"]) -> tuple[Float[Tensor, "t m"], Float[Tensor, "N m"]]:
-        """Each task's mean at x less the prior mean, and E with posterior covariance = prior − EᵀE.
+    def moments(self, x: Tensor, cross: Float[Tensor, "m every"], prior: Tensor) -> tuple[Float[Tensor, "t m"], Tensor]:
+        """Each task's mean at x less the prior mean; the covariance, or its diagonal where `prior` is one.
 
         `cross`: the prior covariance of f at x and at all data.
         """
         cross = cross[:, self._seen]
-        return self._weights @ cross.T, torch.linalg.solve_triangular(self._factor, cross.T, upper=False)
+        return self.weights @ cross.T, left(prior, torch.linalg.solve_triangular(self._factor, cross.T, upper=False))
 
 
 def _factorise(gram: Tensor, noise: Tensor) -> Tensor:

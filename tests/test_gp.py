@@ -10,8 +10,9 @@ from oracles.jacobian import loop_jacobian
 from oracles.networks import build
 from torch import nn
 
-from ntkbook import NTKGP, Linearization
+from ntkbook import NTKGP, Linearization, Nystrom
 from ntkbook import posterior as posterior_module
+from ntkbook.experiments.networks import mlp
 
 TOLERANCE = 1e-8  # of the prior's size
 
@@ -437,3 +438,19 @@ def test_what_cannot_fit_is_refused_before_it_is_made(monkeypatch):
     with pytest.raises(MemoryError, match="Conditioning on 10 values"):
         gp.condition_tasks(x[:10], gaps)
     gp.condition_tasks(x[:10], draw(30, 10))
+
+
+@pytest.mark.parametrize("kind", [{}, {"solver": "cg"}, {"space": "parameter"}, {"solver": Nystrom(tolerance=1e-10)}])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_weights_solve_the_system_and_give_the_mean(kind, outputs):
+    net = mlp([2, 9, 9, outputs], "tanh", dtype=torch.double)
+    x, star, y = draw(20, 2), draw(6, 2, seed=1), draw(20, outputs, seed=2)
+    y[3] = torch.nan
+    posterior = NTKGP(net, outputscale=0.7, noise=0.1, **kind).condition(x, y)
+    alpha, lin = posterior.weights, Linearization(net)
+    assert alpha.shape == ((20, 2) if outputs == 2 else (20,))
+    assert torch.equal(alpha.isnan().flatten(), y.isnan().flatten())
+    weights = alpha.nan_to_num().flatten()
+    left = (y.flatten() - 0.7 * lin.gram(x) @ weights - 0.1 * weights)[~y.isnan().flatten()]
+    assert left.norm() <= 1e-6 * y.nan_to_num().norm()  # parameter space solves for something else, to 1e-8
+    assert (0.7 * lin.gram(star, x) @ weights - posterior.mean(star).flatten()).abs().max() <= 1e-6

@@ -370,7 +370,7 @@ def test_float32_is_possible_and_says_when_it_is_not_enough():
     ("arguments", "message"),
     [
         ({"space": "weights"}, "function.*parameter.*weights"),
-        ({"solver": "lu"}, "cholesky.*cg.*Iterative.*lu"),
+        ({"solver": "lu"}, "cholesky.*cg.*auto.*Iterative.*Nystrom.*lu"),
         ({"space": "parameter", "solver": "cholesky"}, "parameter space has"),
     ],
 )
