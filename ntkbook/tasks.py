@@ -242,7 +242,7 @@ class TaskPosterior(Posterior):
         self._whiten, self._group_of = basis.whiten, tasks.pattern_of
         self._spectra, self._vectors = tasks.spectra, tasks.vectors
         rest, squares = tasks.solve(self._ratio)
-        self._weights = rest[..., 0] / self._ratio[:, None]
+        self._weights, self._seen = rest[..., 0] / self._ratio[:, None], observed
         n, r = observed.sum(1).to(y), self._ratio
         log_determinant = (tasks.values / r[:, None]).log1p().sum(1) + n * noise.log()
         self._log_likelihood = -0.5 * (squares.flatten() / noise + log_determinant + n * math.log(2 * math.pi))
@@ -254,6 +254,12 @@ class TaskPosterior(Posterior):
     @property
     def log_marginal_likelihood_error(self) -> Tensor:
         return torch.zeros_like(self._log_likelihood)
+
+    @property
+    def weights(self) -> Tensor:
+        scaled = self._weights / self._hyperparameters.outputscale[:, None]
+        each = scaled.where(self._seen, torch.nan).view(len(scaled), len(self._x), self._o)
+        return each if self._o > 1 else each[..., 0]
 
     def _prior_mean(self, x: Tensor) -> Float[Tensor, "t m o"]:
         constant = self._hyperparameters.constant

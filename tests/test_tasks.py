@@ -56,6 +56,8 @@ def assert_same(many, t, one, x_star, prior, tolerance=1e-8):
     assert (many.mean(x_star)[t] - mean).abs().max() <= tolerance * max(prior, float(mean.abs().max()))
     assert (many(x_star).covariance_matrix[t] - one(x_star).covariance_matrix).abs().max() <= tolerance * prior
     assert (many.variance(x_star)[t] - one.variance(x_star)).abs().max() <= tolerance * prior
+    alpha, scale = many.weights[t], float(one.weights.nan_to_num().abs().amax())
+    torch.testing.assert_close(alpha, one.weights, rtol=0, atol=1e-6 * scale, equal_nan=True)  # σ⁻² times the mean's
     want = float(one.log_marginal_likelihood)
     assert float(many.log_marginal_likelihood[t]) == pytest.approx(want, rel=tolerance, abs=tolerance)
 
