@@ -1,7 +1,7 @@
 """A linearisation whose work is spread over processes by torch.distributed: one a GPU, or one a machine.
 
 Every process (rank) runs the same program on the same data and network, takes its share of the examples in every
-product and Gram matrix, and gets the whole result. All that is built on `Linearization` is spread with it:
+product and Gram matrix, and gets the whole result. So `NTKGP`, `NTKKernel` and `ntkbook.operators` are spread too:
 
     # script.py; start it by: torchrun --nproc-per-node 2 script.py
     import torch
@@ -11,17 +11,18 @@ product and Gram matrix, and gets the whole result. All that is built on `Linear
     dist.init_process_group("gloo")  # or "nccl", after torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.manual_seed(0)  # the same network and data everywhere; on a GPU, move both to it
     net = torch.nn.Sequential(torch.nn.Linear(1, 50), torch.nn.Tanh(), torch.nn.Linear(50, 1))
-    x = torch.linspace(-2, 2, 1000)[:, None]
+    x = torch.linspace(-2, 2, 500)[:, None]
     gp = NTKGP(DistributedLinearization(net), noise=0.1, solver="cg")  # or space="parameter", or by Cholesky
     mean = gp.condition(x, x.sin()).mean(x)  # every rank makes every call, or the others wait for it
     if dist.get_rank() == 0:
         print(mean)
     dist.destroy_process_group()
 
-What is not made of products and Gram matrices (Cholesky factors, orthogonalisation) every rank does for itself, so
-ranks should be alike: the same kind of device, torch and number of threads. Where they come to differ, the next call
-raises an error on all of them. An error on one rank alone, such as too little memory, ends the others when it exits
-(torchrun sees to that) or when the process group's timeout is over: `init_process_group(timeout=...)`.
+What is not made of these products and matrices (Cholesky factors, orthogonalisation, `jacobian`, the passes of
+Fisher-vector products) every rank does for itself, so ranks should be alike: the same kind of device, torch and number
+of threads. Where they come to differ, the next call raises an error on all of them. An error on one rank alone, such as
+too little memory, ends the others when it exits (torchrun sees to that) or when the process group's timeout is over:
+`init_process_group(timeout=...)`.
 """
 
 import math
@@ -81,7 +82,7 @@ class DistributedLinearization(Linearization):
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Linearization:
         """The same linearisation on another device or in another precision, on every rank."""
-        other = object.__new__(DistributedLinearization)
+        other = object.__new__(type(self))
         vars(other).update(vars(super().to(device=device, dtype=dtype)))
         return other
 
