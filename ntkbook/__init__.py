@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ntkbook.distributed import DistributedLinearization
     from ntkbook.fisher import (
         FisherOperator,
         automatic_epsilon,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NTKGP",
     "ConvergenceWarning",
+    "DistributedLinearization",
     "FisherOperator",
     "FisherPosterior",
     "Iterative",
@@ -56,6 +58,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ConvergenceWarning": "iterative",
+    "DistributedLinearization": "distributed",
     "FisherOperator": "fisher",
     "FisherPosterior": "fisher_posterior",
     "Iterative": "iterative",
