@@ -105,7 +105,7 @@ class LayerBlocks:
 
 
 def layer_jvp(
-    features: Iterable[LayerFeatures], packed: list[Float[Tensor, "g _k_z _i"]], out: Float[Tensor, "n o k"]
+    features: Iterable[LayerFeatures], packed: list[Float[Tensor, "_ _ _"]], out: Float[Tensor, "n o k"]
 ) -> None:
     """Add J V to `out`, with V packed, layer by layer; a group of columns at a time."""
     for (_, a, d), v in zip(features, packed):
@@ -117,7 +117,7 @@ def layer_jvp(
 
 
 def layer_vjp(
-    features: Iterable[LayerFeatures], u: Float[Tensor, "n o k"], totals: list[Float[Tensor, "g _k_z _i"]]
+    features: Iterable[LayerFeatures], u: Float[Tensor, "n o k"], totals: list[Float[Tensor, "_ _ _"]]
 ) -> None:
     """Add Jᵀ U, packed, to `totals`, layer by layer; a group of columns at a time."""
     for (_, a, d), total in zip(features, totals):
@@ -141,7 +141,7 @@ def packed_shape(shape: Shape, k: int) -> tuple[int, int, int]:
     return shape.g, k * shape.z, shape.columns
 
 
-def pack(shape: Shape, v: Float[Tensor, "p k"], places: list[slice]) -> Float[Tensor, "g _k_z _i"]:
+def pack(shape: Shape, v: Float[Tensor, "p k"], places: list[slice]) -> Float[Tensor, "_ _ _"]:
     """A layer's part of V."""
     packed = v.new_empty(packed_shape(shape, v.shape[1]))
     for part, flat in _parts(shape, packed, v, places):
@@ -149,7 +149,7 @@ def pack(shape: Shape, v: Float[Tensor, "p k"], places: list[slice]) -> Float[Te
     return packed
 
 
-def unpack(shape: Shape, packed: Float[Tensor, "g _k_z _i"], v: Float[Tensor, "p k"], places: list[slice]) -> None:
+def unpack(shape: Shape, packed: Float[Tensor, "_ _ _"], v: Float[Tensor, "p k"], places: list[slice]) -> None:
     """Write a layer's part of V."""
     for part, flat in _parts(shape, packed, v, places):
         flat.copy_(part)

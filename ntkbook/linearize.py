@@ -195,16 +195,17 @@ class Linearization(FunctionalNetwork):
         with torch.no_grad():
             return torch.cat([gram_diagonal(maker(part, size)) for part in x.split(size)]).reshape(-1)
 
-    def operator(self, x: Tensor, x2: Tensor | None = None) -> LinearOperator:
-        """J(x) J(x2)ᵀ, (n·o, m·o), as a `linear_operator.LinearOperator` that is never formed.
+    def operator(self, x: Tensor, x2: Tensor | None = None, *, method: str = "auto") -> LinearOperator:
+        """J(x) J(x2)ᵀ, (n·o, m·o), as a `linear_operator.LinearOperator`: formed for products if that pays.
 
+        With another method than "auto", "gram" or "products", they always or never form it: `taken` of the operator says what they did.
         `ntkbook.operators` has the others: JacobianOperator(lin, x), its `.mT`, and GaussNewtonOperator(lin, x) for
         JᵀJ; and what to set before a solve with more than 800 rows, where linear_operator turns to conjugate gradients
         with a tolerance of 1.
         """
         from ntkbook.operators import NTKOperator
 
-        return NTKOperator(self, x, x2)
+        return NTKOperator(self, x, x2, method=method)
 
     # ------------------------------------------------------------------ inside
 
