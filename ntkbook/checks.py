@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -100,6 +101,26 @@ def require_separate(
         raise ValueError(
             "An example's output depends on the others in its batch, so the network has no Jacobian of one example. "
             "Usual causes: a statistic over dimension 0, or attention between examples."
+        )
+
+
+def require_one_derivative(
+    push: Callable[[Tensor], Tensor], pull: Callable[[Tensor], Tensor], v: Float[Tensor, " p"]
+) -> None:
+    """Raise where forward and reverse mode differ on one example, uᵀ(J v) ≠ (Jᵀu)ᵀ v, for push = J and pull = Jᵀ.
+
+    torch.no_grad stops reverse mode only, so a network that uses it has another Jacobian in each.
+    """
+    forward = push(v)
+    u = 1 + 0.1 * torch.arange(forward.shape[1], dtype=v.dtype, device=v.device).sin()
+    back = pull(u[None])
+    one, other = (forward[0] * u).sum(), (back * v).sum()
+    size = u.norm() * forward.norm() + back.norm() * v.norm() / len(v) ** 0.5  # what signs at random leave of it
+    if (one - other).abs() > torch.finfo(v.dtype).eps ** 0.5 * size:
+        raise NotImplementedError(
+            "jvp: forward and reverse mode differentiate this network differently. Usual causes: torch.no_grad() "
+            "inside forward, which stops reverse mode only (use .detach(), or linearise in the other parameters), "
+            "or a custom autograd.Function whose jvp and backward disagree."
         )
 
 

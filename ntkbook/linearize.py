@@ -11,7 +11,8 @@ from torch.func import jvp as func_jvp
 from torch.func import vjp as func_vjp
 from torch.func import vmap
 
-from ntkbook.checks import explained, outside_inference_mode
+from ntkbook.blocks import LayerBlocks
+from ntkbook.checks import explained, outside_inference_mode, require_one_derivative
 from ntkbook.functional import FunctionalNetwork
 from ntkbook.gram import Factors, FeatureMaker, Features, differentiable_gram, gram, gram_diagonal, stacked
 from ntkbook.layers import find_layers, jacobian_rows, layer_features
@@ -62,19 +63,21 @@ class Linearization(FunctionalNetwork):
     def jvp(self, x: Tensor, v: Tensor | Mapping[str, Tensor]) -> Float[Tensor, "n o"] | Float[Tensor, "n o k"]:
         """J(x) v by forward mode: (n, o) for v (p,) or a dict like the parameters, (n, o, k) for v (p, k).
 
-        One pass forward for all k vectors of a chunk together (Appendix A). Through the whole Jacobian where x requires
-        a gradient.
+        One pass forward for all k vectors of a chunk together (Appendix A); by the layers' rule (`ntkbook.blocks`)
+        where that is counted cheaper. Through the whole Jacobian where x requires a gradient.
         """
         v = self.flatten(v) if isinstance(v, Mapping) else v
         if v.ndim not in (1, 2) or len(v) != self.num_params:
             raise ValueError(f"v: expected ({self.num_params},) or ({self.num_params}, k), got {tuple(v.shape)}.")
         self._require_same(v, "v")
-        _, memory = self._inspect(x)
+        o, memory = self._inspect(x)
         if _differentiable(x):
             return (self.jacobian(x) @ v).view(len(x), -1, *v.shape[1:])
         self._require_one_derivative(x[:1])
+        k = v.shape[1:].numel()
+        if (rule := self._block_rule(x, o, memory, v, k)) is not None:
+            return rule.jvp(x, v, self._pass_size(len(x), rule.work, self._budget(None)))
         columns = v.reshape(len(v), -1).T.contiguous()
-        k = len(columns)
         size = self._size(len(x), memory * min(k, 64))
         blocks = []
         with explained("jvp"), torch.set_grad_enabled(_differentiable(v)):
@@ -90,7 +93,7 @@ class Linearization(FunctionalNetwork):
     def vjp(self, x: Tensor, u: Tensor) -> Float[Tensor, " p"] | Float[Tensor, "p k"]:
         """J(x)ᵀ u by reverse mode: (p,) for u (n, o), or (n,) with one output; (p, k) for u (n, o, k).
 
-        Through the whole Jacobian where x requires a gradient.
+        Blocks of vectors, and x that requires a gradient, as in `jvp`.
         """
         o, memory = self._inspect(x)
         if u.ndim == 1 and o == 1:
@@ -100,7 +103,9 @@ class Linearization(FunctionalNetwork):
         self._require_same(u, "u")
         if _differentiable(x):
             return self.jacobian(x).T @ u.flatten(0, 1)
-        k = 1 if u.ndim == 2 else u.shape[2]
+        k = u.shape[2:].numel()
+        if (rule := self._block_rule(x, o, memory, u, k)) is not None:
+            return rule.vjp(x, u, self._pass_size(len(x), rule.work, self._budget(None)))
         size = self._size(len(x), memory * min(k, 64))
         columns = max(1, min(k, 64, working_memory(x.device) // (2 * self.num_params * u.element_size())))
         total = u.new_zeros(k, self.num_params)
@@ -190,43 +195,36 @@ class Linearization(FunctionalNetwork):
         with torch.no_grad():
             return torch.cat([gram_diagonal(maker(part, size)) for part in x.split(size)]).reshape(-1)
 
-    def operator(self, x: Tensor, x2: Tensor | None = None) -> LinearOperator:
-        """J(x) J(x2)ᵀ, (n·o, m·o), as a `linear_operator.LinearOperator` that is never formed.
+    def operator(self, x: Tensor, x2: Tensor | None = None, *, method: str = "auto") -> LinearOperator:
+        """J(x) J(x2)ᵀ, (n·o, m·o), as a `linear_operator.LinearOperator`: formed for products if that pays.
 
+        With another method than "auto", "gram" or "products", they always or never form it: `taken` of the operator says what they did.
         `ntkbook.operators` has the others: JacobianOperator(lin, x), its `.mT`, and GaussNewtonOperator(lin, x) for
         JᵀJ; and what to set before a solve with more than 800 rows, where linear_operator turns to conjugate gradients
         with a tolerance of 1.
         """
         from ntkbook.operators import NTKOperator
 
-        return NTKOperator(self, x, x2)
+        return NTKOperator(self, x, x2, method=method)
 
     # ------------------------------------------------------------------ inside
 
     def _directional(self, x: Tensor, v: Float[Tensor, " p"]) -> Float[Tensor, "n o"]:
         return func_jvp(lambda p: self._call(p, x), (self.params,), (self.unflatten(v),))[1]
 
-    def _require_one_derivative(self, example: Tensor) -> None:
-        """Raise where forward and reverse mode differ, uᵀ(J v) ≠ (Jᵀu)ᵀ v: once, on one example.
+    def _block_rule(self, x: Tensor, o: int, memory: int, block: Tensor, k: int) -> LayerBlocks | None:
+        """The layers' rule for products with k vectors, if that is the cheaper way and no gradient is wanted."""
+        rule = None if k == 1 or _differentiable(block) else LayerBlocks(self, x, o, memory)
+        return rule if rule and rule.prefers_rule(k) else None
 
-        torch.no_grad stops reverse mode only, so a network that uses it has another Jacobian in each.
-        """
-        if self._one_derivative:
-            return
-        v = torch.arange(self.num_params, dtype=self.dtype, device=self.device).cos()
-        with explained("jvp"), torch.no_grad():
-            forward = self._directional(example, v)
-            u = 1 + 0.1 * torch.arange(forward.shape[1], dtype=self.dtype, device=self.device).sin()
-            back = self.flatten(func_vjp(lambda p: self._call(p, example), self.params)[1](u[None])[0])
-        one, other = (forward[0] * u).sum(), (back * v).sum()
-        size = u.norm() * forward.norm() + back.norm() * v.norm() / len(v) ** 0.5  # what signs at random leave of it
-        if (one - other).abs() > torch.finfo(self.dtype).eps ** 0.5 * size:
-            raise NotImplementedError(
-                "jvp: forward and reverse mode differentiate this network differently. Usual causes: torch.no_grad() "
-                "inside forward, which stops reverse mode only (use .detach(), or linearise in the other parameters), "
-                "or a custom autograd.Function whose jvp and backward disagree."
-            )
-        self._one_derivative = True
+    def _require_one_derivative(self, example: Tensor) -> None:
+        """Once, on one example (1, ...)."""
+        if not self._one_derivative:
+            back = lambda u: self.flatten(func_vjp(lambda p: self._call(p, example), self.params)[1](u)[0])  # noqa: E731
+            v = torch.arange(self.num_params, dtype=self.dtype, device=self.device).cos()
+            with explained("jvp"), torch.no_grad():
+                require_one_derivative(partial(self._directional, example), back, v)
+            self._one_derivative = True
 
     def _jacobian_chunk(self, x: Tensor, output: int | None = None) -> Float[Tensor, "n o p"]:
         if not _differentiable(x):

@@ -1,8 +1,9 @@
-"""J(x), its transpose, the NTK J(x) J(x2)ᵀ and JᵀJ as `linear_operator.LinearOperator`s, which never form them.
+"""J(x), its transpose, the NTK J(x) J(x2)ᵀ and JᵀJ as `linear_operator.LinearOperator`s, which need not form them.
 
 They behave as the matrices would (products, slices, sums, solves, decompositions), and hold no more than the inputs x
-and the linearisation, whose parameters are constants: gradients flow to x and to right-hand sides. Right-hand sides may
-come in batches; an operator expanded to a batch is the same matrix in all of it.
+and the linearisation, whose parameters are constants, and for the NTK its Gram matrix where that pays: gradients flow
+to x and to right-hand sides. Right-hand sides may come in batches; an operator expanded to a batch is the same matrix
+in all of it.
 
 Mind the solves: above `linear_operator.settings.max_cholesky_size` (800) rows linear_operator goes from Cholesky to
 conjugate gradients, and from exact log-determinants and roots to estimates, without a word, and it stops at
@@ -24,6 +25,7 @@ from linear_operator.operators import RootLinearOperator
 from torch import Tensor
 
 from ntkbook.checks import explained
+from ntkbook.choice import KeptGram
 from ntkbook.lazy import Index, MatrixFree, eye, vectors_that_fit
 from ntkbook.linearize import Linearization
 
@@ -126,7 +128,10 @@ class JacobianOperator(_InputsOperator):
 
 
 class NTKOperator(_InputsOperator):
-    """The finite neural tangent kernel J(x) J(x2)ᵀ (Section 2.1), (n·o, m·o): products by vjp, then jvp.
+    """The finite neural tangent kernel J(x) J(x2)ᵀ (Section 2.1), (n·o, m·o): products by vjp, then jvp, or by itself.
+
+    By itself, formed and kept, as soon as the products so far would have cost as many multiply-adds as forming it, if
+    the memory is there: `ntkbook.choice.KeptGram`.
 
     `to_dense` is `lin.gram` and the diagonal `lin.diagonal`: exact, and fast where the layer rule applies. Slices are
     operators again, on the examples that they need.
@@ -137,10 +142,12 @@ class NTKOperator(_InputsOperator):
     Args:
         lin: the linearisation.
         x: inputs (n, ...); x2: (m, ...), x itself unless given.
+        method: of products: "gram", "products" (the matrix is never formed for them), or "auto", the cheaper.
         outputs: o, found out unless given.
         batch_shape: a batch of this same matrix.
+        kept: what an operator of the same inputs has counted and kept.
 
-    Raises: as `JacobianOperator`.
+    Raises: as `JacobianOperator`; ValueError for another method.
     """
 
     def __init__(
@@ -149,14 +156,28 @@ class NTKOperator(_InputsOperator):
         x: Tensor,
         x2: Tensor | None = None,
         *,
+        method: str = "auto",
         outputs: int | None = None,
         batch_shape: torch.Size = torch.Size(),
+        kept: KeptGram | None = None,
     ) -> None:
         if outputs is None and x2 is not None and lin.num_outputs(x2) != lin.num_outputs(x):
             raise ValueError(f"x2: the network has {lin.num_outputs(x)} outputs at x, and {lin.num_outputs(x2)} at x2.")
-        super().__init__(lin, x, outputs, x2=x2, batch_shape=batch_shape)
-        self.x2 = x2
-        self._shape = len(x) * self.outputs, len(x if x2 is None else x2) * self.outputs
+        if kept is None or kept.x is not x or kept.x2 is not x2:
+            kept = KeptGram(lin, x, x2, lin.num_outputs(x) if outputs is None else outputs, method)
+        # linear_operator makes the operator anew for every product: all of them share what was counted and kept.
+        super().__init__(lin, x, kept.shape[0] // len(x), x2=x2, method=method, batch_shape=batch_shape, kept=kept)
+        self.x2, self._kept = x2, kept
+        self._shape = self._kept.shape
+
+    def __repr__(self) -> str:
+        rows, columns = self._shape
+        return f"NTKOperator({rows} x {columns}, method={self._kept.method!r}, taken={self.taken!r})"
+
+    @property
+    def taken(self) -> str | None:
+        """How the last product was made, "gram" or "products"; None before the first."""
+        return self._kept.taken
 
     @property
     def _columns_x(self) -> Tensor:
@@ -166,9 +187,11 @@ class NTKOperator(_InputsOperator):
         return self if self.x2 is None else self._with(x=self.x2, x2=self.x)
 
     def _product(self, block: Tensor) -> Tensor:
-        parts = block.split(
-            vectors_that_fit(self.lin, 2), dim=1
-        )  # the p-sized vectors in between fit the working memory
+        gram = self._kept.for_product(block.shape[1])
+        if gram is not None:
+            return gram @ block
+        # The p-sized vectors in between fit the working memory.
+        parts = block.split(vectors_that_fit(self.lin, 2), dim=1)
         return torch.cat([self._push(self.x, self._pull(self._columns_x, part)) for part in parts], dim=1)
 
     def _derivatives(self, left: Tensor, right: Tensor) -> tuple[Tensor | None, ...]:
@@ -180,7 +203,8 @@ class NTKOperator(_InputsOperator):
         return (None if by_x is None or by_x2 is None else by_x + by_x2,)
 
     def _dense(self) -> Tensor:
-        return self.lin.gram(self.x, self.x2)
+        with_graph = torch.is_grad_enabled() and self.requires_grad
+        return self.lin.gram(self.x, self.x2) if with_graph else self._kept.matrix()
 
     def _diagonal(self) -> Tensor:
         if self.x2 is None:

@@ -59,7 +59,7 @@ def time_log_likelihood(
 
 
 def _by_default(lin: Linearization, x: Tensor, y: Tensor, noise: float, start: float) -> tuple[float, float]:
-    operator = lin.operator(x).add_diagonal(torch.tensor(noise, dtype=y.dtype, device=y.device))
+    operator = lin.operator(x, method="products").add_diagonal(torch.tensor(noise, dtype=y.dtype, device=y.device))
     with ExitStack() as stack:
         # The defaults by name, for other libraries change them when they are imported.
         for setting in (
