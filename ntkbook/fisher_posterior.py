@@ -115,16 +115,19 @@ class FisherPosterior:
         lin = fisher.lin
         generator = torch.Generator().manual_seed(seed)
 
+        def product(block: Tensor) -> Tensor:
+            return fisher._matmul(block)
+
         def random(width: int) -> Tensor:
             drawn = torch.randn(lin.num_params, width, generator=generator, dtype=lin.dtype)
             return drawn.to(lin.device)
 
-        new = start if block == 1 else torch.cat([start, fisher @ random(block - 1)], 1)
+        new = start if block == 1 else torch.cat([start, product(random(block - 1))], 1)
         v, images = start.new_empty(lin.num_params, 0), []
         while v.shape[1] < rank:
             width = min(block, rank - v.shape[1])
             v = torch.cat([v, orthonormal(new[:, :width], random(width), v)], 1)
-            new = fisher @ v[:, -width:]
+            new = product(v[:, -width:])
             images.append(new)
         return v, torch.cat(images, 1), v.T @ start
 

@@ -40,7 +40,7 @@ def errors(
     """
     x, v = x.to(lin.dtype), v.to(lin.dtype)
     products = (fisher_vector_product(lin, x, v, likelihood, method, epsilon=epsilon) for epsilon in epsilons)
-    return torch.stack([(product.double() - exact).norm() / exact.norm() for product in products])
+    return torch.stack([(torch.as_tensor(product).double() - exact).norm() / exact.norm() for product in products])
 
 
 class Cost(NamedTuple):
