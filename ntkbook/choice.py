@@ -35,6 +35,10 @@ class KeptGram:
         self._matrix: Tensor | None = None
         self._counts: LayerBlocks | None = None
 
+    def belongs_to(self, lin: Linearization, x: Tensor, x2: Tensor | None, method: str) -> bool:
+        """Whether it is that of the same linearisation and inputs, by identity."""
+        return self.lin is lin and self.x is x and self.x2 is x2 and self.method == method
+
     def matrix(self) -> Float[Tensor, "rows columns"]:
         """K, without a graph."""
         matrix = self._matrix

@@ -198,7 +198,7 @@ class Linearization(FunctionalNetwork):
     def operator(self, x: Tensor, x2: Tensor | None = None, *, method: str = "auto") -> LinearOperator:
         """J(x) J(x2)ᵀ, (n·o, m·o), as a `linear_operator.LinearOperator`: formed for products if that pays.
 
-        With method="gram" or "products" they always or never form it; `taken` of the operator says what they did.
+        With the method "gram" or "products" they always or never form it; the operator's `taken` says what they did.
         `ntkbook.operators` has the others: JacobianOperator(lin, x), its `.mT`, and GaussNewtonOperator(lin, x) for
         JᵀJ; and what to set before a solve with more than 800 rows, where linear_operator turns to conjugate gradients
         with a tolerance of 1.

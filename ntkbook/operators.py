@@ -131,7 +131,7 @@ class NTKOperator(_InputsOperator):
     """The finite neural tangent kernel J(x) J(x2)ᵀ (Section 2.1), (n·o, m·o): products by vjp, then jvp, or by itself.
 
     By itself, formed and kept, as soon as the products so far would have cost as many multiply-adds as forming it, if
-    the memory is there: `ntkbook.choice.KeptGram`.
+    the memory is there: `ntkbook.choice.KeptGram`. So x is not to be changed in place afterwards.
 
     `to_dense` is `lin.gram` and the diagonal `lin.diagonal`: exact, and fast where the layer rule applies. Slices are
     operators again, on the examples that they need.
@@ -163,7 +163,7 @@ class NTKOperator(_InputsOperator):
     ) -> None:
         if outputs is None and x2 is not None and lin.num_outputs(x2) != lin.num_outputs(x):
             raise ValueError(f"x2: the network has {lin.num_outputs(x)} outputs at x, and {lin.num_outputs(x2)} at x2.")
-        if kept is None or kept.x is not x or kept.x2 is not x2:
+        if kept is None or not kept.belongs_to(lin, x, x2, method):
             kept = KeptGram(lin, x, x2, lin.num_outputs(x) if outputs is None else outputs, method)
         # linear_operator makes the operator anew for every product: all of them share what was counted and kept.
         super().__init__(lin, x, kept.shape[0] // len(x), x2=x2, method=method, batch_shape=batch_shape, kept=kept)
