@@ -285,7 +285,9 @@ def test_a_worker_that_is_not_fit_says_why(book):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interruption_loses_nothing(book, how):
     path = write(book, "jobs: [{seed: 1}, {seed: 2, wait: true}]")
-    code = "from ntkbook.publish.cli import main; main()"
+    # Jobs in the background of a shell ignore Ctrl-C, and so would their children.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = heed + "from ntkbook.publish.cli import main; main()"
     arguments = [sys.executable, "-c", code, "run", "3", "--sweep", str(path), "--workers", "1"]
     coordinator = subprocess.Popen(
         arguments, cwd=book, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
