@@ -99,14 +99,19 @@ def seconds(products: list[Product], dtype: torch.dtype) -> float:
 
 
 def best(call: Callable[[], object], repeats: int = 5) -> float:
-    """Seconds of the fastest call after one that is not counted."""
+    """Seconds of the fastest call."""
+    return min(timings(call, repeats))
+
+
+def timings(call: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each call after one that is not counted."""
     call()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return times
 
 
 @cache

@@ -1,6 +1,6 @@
 """Many tasks at the same inputs: NTKGP's shared eigendecomposition, NTKGP a task at a time, and GPyTorch in a loop.
 
-    python benchmarks/tasks.py [--threads 2] [--repeats 5] [--tasks 1209] [--loop 4]
+    python -m benchmarks.tasks [--threads 2] [--repeats 5] [--tasks 1209] [--loop 4]
 
 The precipitation chapter's shape: a 1-400-1 tanh network, 1,209 made-up stations of 300 days (a level, a season and
 weather each), predicted on 65 days; float64. Timed: the fit, where there is one, then conditioning with the log
@@ -11,8 +11,6 @@ Adam, and the last column says how far its log likelihood stays behind. Agreemen
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 
 import gpytorch
@@ -20,6 +18,7 @@ import torch
 from linear_operator import to_linear_operator
 from torch import Tensor
 
+from benchmarks.floor import timings
 from ntkbook import NTKGP
 from ntkbook.experiments.networks import mlp
 
@@ -97,16 +96,6 @@ def gpytorch_loop(gp: NTKGP, x: Tensor, y: Tensor, x_star: Tensor, fitted: bool)
     return logs, means, variances
 
 
-def seconds(run: Callable[[], object], repeats: int) -> list[float]:
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return times
-
-
 def assert_agree(ours: Result, theirs: Result, fitted: bool) -> None:
     """Fitted, two searches end where the likelihood is the same, and their arguments to a part in 1e5."""
     tolerance = 1e-4 if fitted else 1e-7
@@ -143,7 +132,7 @@ def main() -> None:
                 ("NTKGP, a task at a time", one_at_a_time, few, "equal"),
                 ("GPyTorch, a task at a time", gpytorch_loop, few, behind),
             ):
-                times = seconds(partial(run, gp, x, tasks, x_star, fitted), options.repeats)
+                times = timings(partial(run, gp, x, tasks, x_star, fitted), options.repeats)
                 times = [t * len(y) / len(tasks) for t in times]
                 median = statistics.median(times)
                 base = base or median

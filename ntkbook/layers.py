@@ -168,9 +168,7 @@ def layer_features(
         wanted = [shift for layer in layers for shift in shifts[id(layer.module)]]
         batched = differentiable or all(isinstance(layer.module, nn.Linear) for layer in layers)
         if f.requires_grad:
-            derivatives = (
-                _all_at_once(f, wanted, basis, differentiable) if batched else _one_by_one(f, wanted, basis)
-            )
+            derivatives = _all_at_once(f, wanted, basis, differentiable) if batched else _one_by_one(f, wanted, basis)
         else:
             derivatives = [z.new_zeros(len(z), k, *z.shape[1:]) for z in wanted]
     del f
@@ -200,9 +198,7 @@ def _all_at_once(
     ]
 
 
-def _one_by_one(
-    f: Tensor, wanted: list[Tensor], basis: Float[Tensor, "k n o"]
-) -> list[Float[Tensor, "n k *z"]]:
+def _one_by_one(f: Tensor, wanted: list[Tensor], basis: Float[Tensor, "k n o"]) -> list[Float[Tensor, "n k *z"]]:
     """The same by k passes: torch's batched derivatives of convolutions are k passes as well, and copies."""
     found = [z.new_empty(len(z), len(basis), *z.shape[1:]) for z in wanted]
     for row, u in enumerate(basis):

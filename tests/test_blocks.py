@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles.jacobian import loop_jacobian
+from oracles.largest import Largest
 from oracles.networks import CASES, build
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntkbook import Linearization, blocks, linearize
 from ntkbook.blocks import LayerBlocks
@@ -234,19 +234,6 @@ def test_the_network_runs_once_a_chunk(k):
 # ------------------------------------------------------------------ memory
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor) and not any(stride == 0 for stride in tensor.stride()):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
 def test_nothing_grows_with_n_beyond_the_vectors(monkeypatch):
     monkeypatch.setattr(linearize, "working_memory", lambda device: 400_000)
     net, _ = build("one output")
@@ -254,12 +241,12 @@ def test_nothing_grows_with_n_beyond_the_vectors(monkeypatch):
     sizes = []
     for n in (1600, 6400):
         x = randn(n, 4)
-        with Largest() as largest:
+        with Largest(expanded=False) as largest:
             lin.jvp(x, randn(lin.num_params, k))
             lin.vjp(x, randn(n, 1, k))
         sizes.append(largest.numel)
     assert sizes == [1600 * k, 6400 * k]  # the vectors themselves
-    with Largest() as largest:
+    with Largest(expanded=False) as largest:
         Linearization(net, chunk_size=1600).jvp(randn(1600, 4), randn(lin.num_params, k))
     assert largest.numel >= 1600 * 7 * k  # the counter works: a layer's B
 

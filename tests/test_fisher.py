@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles.fisher import dense_empirical, dense_fisher, outputs
 from oracles.jacobian import loop_jacobian
+from oracles.largest import Largest
 from oracles.networks import CASES, build
 from test_operators import NETWORKS, TOLERANCE, SemidefiniteCase, error, randn
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntkbook import (
     FisherOperator,
@@ -516,19 +516,6 @@ def test_the_operator_runs_the_network_as_often_as_it_must():
         assert calls == [6] * times
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation makes."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.size = max(self.size, tensor.numel())
-        return out
-
-
 @pytest.mark.parametrize("method", [*LINEAR, *DIFFERENCES])
 @pytest.mark.parametrize("k", [1, 4])
 def test_memory_is_bounded_in_n(method, k, monkeypatch):
@@ -544,14 +531,14 @@ def test_memory_is_bounded_in_n(method, k, monkeypatch):
         batches = x.split(400)
         with Largest() as largest:
             fisher_vector_product(lin, batches, v, method=method)
-        sizes.append(largest.size)
+        sizes.append(largest.numel)
     assert sizes[0] == sizes[1]
     with Largest() as largest:
         fisher_vector_product(lin, x, v, method=method)
-    assert largest.size <= x.numel()  # the check that x is finite
+    assert largest.numel <= x.numel()  # the check that x is finite
     with Largest() as largest:
         fisher_vector_product(lin, x, v, method=method, chunk_size=1600)
-    assert largest.size > x.numel()  # the counter works: 3 channels of 25 an example
+    assert largest.numel > x.numel()  # the counter works: 3 channels of 25 an example
 
 
 def test_samples_count_in_the_memory(monkeypatch):
@@ -561,7 +548,7 @@ def test_samples_count_in_the_memory(monkeypatch):
         monkeypatch.setattr(module, "working_memory", lambda device: 400_000)
     with Largest() as largest:
         monte_carlo_fisher_vector_product(net, x, v, samples=100)
-    assert largest.size < 400_000 // 8  # all draws at once: 120,000
+    assert largest.numel < 400_000 // 8  # all draws at once: 120,000
 
 
 # ------------------------------------------------------------------ errors

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 from oracles.jacobian import loop_jacobian
+from oracles.largest import Largest
 from oracles.networks import build
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntkbook import Linearization, gram
 from ntkbook.experiments.networks import lenet3, mlp
@@ -110,19 +110,6 @@ def test_counts_are_those_of_the_products(t):
 
 
 # ------------------------------------------------------------------ memory
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
 
 
 def test_no_jacobian_is_formed():

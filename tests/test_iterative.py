@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import accurate_gp
-from torch.utils._python_dispatch import TorchDispatchMode
+from oracles.largest import Largest
 
 from ntkbook import NTKGP, ConvergenceWarning, Iterative, Linearization
 from ntkbook.experiments.networks import mlp
@@ -301,21 +301,6 @@ def test_the_cache_serves_all_tasks_and_all_predictions(monkeypatch):
 # ------------------------------------------------------------------ no p × p, no n × p
 
 
-class Largest(TorchDispatchMode):
-    """The size of the largest tensor that any operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(value, torch.Tensor):
-                self.numbers = max(self.numbers, value.numel())
-        return out
-
-
 @pytest.mark.parametrize("kind", SPACES)
 def test_neither_square_nor_jacobian_is_formed(kind):
     net = mlp([3, 80, 80, 1], "tanh", dtype=torch.double)
@@ -324,7 +309,7 @@ def test_neither_square_nor_jacobian_is_formed(kind):
         posterior = NTKGP(net, noise=1.0, **with_solver(kind, rank=rank)).condition(x, y)
         posterior.variance(draw(5, 3, seed=2))
     assert sum(value.numel() for value in net.parameters()) == p
-    assert p < largest.numbers <= (rank + 1) * p + rank**2 < 60 * p
+    assert p < largest.numel <= (rank + 1) * p + rank**2 < 60 * p
 
 
 # ------------------------------------------------------------------ what is said when it does not do

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import accurate_gp
-from torch.utils._python_dispatch import TorchDispatchMode
+from oracles.largest import Largest
 
 from ntkbook import NTKGP, ConvergenceWarning, Linearization, Nystrom
 from ntkbook.experiments.networks import mlp
@@ -165,21 +165,6 @@ def test_tasks_with_missing_values_are_the_tasks_one_by_one():
     assert many.predictive(star).variance.shape == (4, 6, 2)
 
 
-class Largest(TorchDispatchMode):
-    """The size of the largest tensor that any operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(value, torch.Tensor):
-                self.numbers = max(self.numbers, value.numel())
-        return out
-
-
 @pytest.mark.parametrize("space", ["function", "parameter"])
 def test_nothing_of_n_by_n_or_n_by_p_is_formed_in_either_space(space):
     net, n, rank = mlp([2, 20, 20, 1], "tanh", dtype=torch.double), 3000, 12
@@ -188,7 +173,7 @@ def test_nothing_of_n_by_n_or_n_by_p_is_formed_in_either_space(space):
     with Largest() as largest:
         posterior = gp.condition(x, x[:, 0])
         posterior.variance(x[:20])
-    assert largest.numbers <= 3 * rank * n < n * sum(value.numel() for value in net.parameters())
+    assert largest.numel <= 3 * rank * n < n * sum(value.numel() for value in net.parameters())
 
 
 def test_the_chunks_do_not_matter(monkeypatch):

@@ -14,10 +14,10 @@ from linear_operator import settings
 from linear_operator.operators import CatLinearOperator, DenseLinearOperator, DiagLinearOperator, LinearOperator
 from linear_operator.test.linear_operator_test_case import LinearOperatorTestCase, RectangularLinearOperatorTestCase
 from oracles.jacobian import loop_jacobian
+from oracles.largest import Largest
 from oracles.networks import build
 from torch import nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ntkbook import Linearization, lazy
 from ntkbook.lazy import Selected
@@ -473,19 +473,6 @@ def test_the_root_of_the_gauss_newton_matrix_is_the_jacobian(name):
 # ------------------------------------------------------------------ nothing large is formed
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor) and not any(stride == 0 for stride in tensor.stride()):
-                self.size = max(self.size, tensor.numel())
-        return result
-
-
 def test_a_wide_network_is_never_squared(monkeypatch):
     """p² would be 54 GB and n·p 130 MB: neither is made by any of this, gradients included."""
     net = mlp(8, 200, 400, 1)
@@ -499,9 +486,9 @@ def test_a_wide_network_is_never_squared(monkeypatch):
     found = {}
 
     def watch(what, call):
-        with few[0], few[1], few[2], Largest() as largest:
+        with few[0], few[1], few[2], Largest(expanded=False) as largest:
             call()
-        found[what] = largest.size
+        found[what] = largest.numel
 
     jacobian, ntk, square = JacobianOperator(lin, x), lin.operator(x), GaussNewtonOperator(lin, x)
     leaf = x.clone().requires_grad_()

@@ -9,10 +9,10 @@ from curvlinops import EFLinearOperator, GGNLinearOperator
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles.jacobian import loop_jacobian
+from oracles.largest import Largest
 from oracles.networks import CASES, build
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ntkbook
 from ntkbook import Linearization, similarity
@@ -70,19 +70,6 @@ def loop_empirical(net, x, y, likelihood):
         values = [p for p in net.parameters() if p.requires_grad]
         total += torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in values]) ** 2
     return total / len(x)
-
-
-class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that an operation makes."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.nbytes = max(self.nbytes, tensor.numel() * tensor.element_size())
-        return out
 
 
 def convolutions():

@@ -85,16 +85,15 @@ def trained(x: Tensor, y: Tensor, s: Settings) -> tuple[nn.Sequential, float]:
 
 def fitted(mean: nn.Module, x: Tensor, y: Tensor, n: int, s: Settings) -> dict[str, float]:
     """s² and σ² by marginal likelihood: as they are, and with the condition number on n points limited."""
-    free = NTKGP(mean).fit(x, y)
-    gram = free.lin.gram(x)
+    gram = NTKGP(mean).lin.gram(x)
     eigenvalues, vectors = torch.linalg.eigh(gram)
     target = vectors.T @ y
     likelihood = ProfileLikelihood(eigenvalues.clamp_min(0), target, target.new_zeros(len(y), 0), False)
-    best = math.log10(free.noise / free.outputscale)
+    best = likelihood.maximise()
     least = math.log10(n * float(gram.diagonal().mean()) / s.condition)
-    scale, noise, _ = likelihood.solution(max(best, least))
+    (free_scale, free_noise, _), (scale, noise, _) = (likelihood.solution(at) for at in (best, max(best, least)))
     return {
-        "outputscale": scale, "noise": noise, "free_outputscale": free.outputscale, "free_noise": free.noise,
+        "outputscale": scale, "noise": noise, "free_outputscale": free_scale, "free_noise": free_noise,
         "log_likelihood": likelihood.value(max(best, least)), "free_log_likelihood": likelihood.value(best),
         "free_condition": s.condition * 10 ** (least - best),
     }  # fmt: skip

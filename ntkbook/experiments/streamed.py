@@ -64,16 +64,23 @@ def last_layer(mean: nn.Sequential, x: Tensor, y: Tensor) -> FeatureGP:
 
     found = refit(features(x), y[None])
     alpha = float(found.alpha)
-    scaled = lambda x: features(x) / alpha**0.5  # noqa: E731
-    return FeatureGP(scaled, lambda x: scaled(x).square().sum(1), float(found.noise))
+    return FeatureGP(
+        lambda x: features(x) / alpha**0.5, lambda x: features(x).square().sum(1) / alpha, float(found.noise)
+    )
 
 
 def inducing_rbf(gp: Any, x: Tensor, m: int) -> FeatureGP:
     """`fit_rbf`'s GP seen through m of the points x, chosen as the network's landmarks are."""
-    kernel = lambda a, b: gp.covar_module(a, b).to_dense().detach()  # noqa: E731
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return gp.covar_module(a, b).to_dense().detach()
+
     gram = kernel(x, x)
     z = x[pivots(gram, m, 1e-10 * float(gram.trace()))]
     factor, scale = torch.linalg.cholesky(kernel(z, z) + 1e-10 * torch.eye(len(z)) * gram[0, 0]), float(gram[0, 0])
-    features = lambda a: torch.linalg.solve_triangular(factor, kernel(z, a), upper=False).T  # noqa: E731
     noise, mean = float(gp.likelihood.noise.detach()), float(gp.mean_module.constant.detach())
+
+    def features(a: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(factor, kernel(z, a), upper=False).T
+
     return FeatureGP(features, lambda a: torch.full((len(a),), scale, dtype=torch.double), noise, mean, chunk=5000)
