@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from ntkbook.publish import figures
+from ntkbook.experiments.data.sources import Provenance
+from ntkbook.publish import claims, figures
 
 DRAW = """
 import numpy as np, matplotlib.pyplot as plt
@@ -60,6 +62,23 @@ def test_quick_figures_say_so_instead_of_naming_the_papers_figure():
     assert ax.get_title() == "posteriors (quick)"
     figures.title(fig, "posteriors", "cpu", paper="Figure 1")
     assert fig.get_suptitle() == "Figure 1: posteriors"
+
+
+def test_figures_of_stand_in_data_say_so_instead_of_naming_the_papers_figure(monkeypatch):
+    monkeypatch.setattr(claims, "_display", lambda content: None)
+    monkeypatch.setattr(claims, "_glue", lambda name, value: None)
+    shown = set()
+    for module in (claims, figures):
+        monkeypatch.setattr(module, "STAND_INS", shown)
+    here = Provenance("cifar10", "made-up", "patterns", 0, "", "a licence", "a citation", "")
+    real = replace(here, name="malaria", source="real")
+    titles = []
+    for provenance in (real, here):
+        claims.show_data(provenance)
+        fig = plt.figure()
+        figures.title(fig, "posteriors", "cpu", paper="Figure 1")
+        titles.append(fig.get_suptitle())
+    assert titles == ["Figure 1: posteriors", "posteriors (stand-in data)"]
 
 
 def test_a_posterior_panel_has_two_standard_deviations_in_the_order_of_x():

@@ -67,9 +67,18 @@ def record(
     _display({"text/html": row_html(known[claim_id], result), "text/plain": plain})
 
 
+STAND_INS: set[str] = set()
+"""Names of the data of this run that stand in for the paper's."""
+
+
 def show_data(*provenances: Any) -> None:
-    """Say at the top of a chapter which data it uses, and store it for the run's card."""
+    """Say at the top of a chapter which data it uses, and store it for the run's card.
+
+    Figures that are drawn afterwards lose the paper's names where one of the data is a stand-in: `figures.title`.
+    """
     for provenance in provenances:
+        if provenance.is_stand_in:
+            STAND_INS.add(provenance.name)
         _display({"text/markdown": provenance.banner(), "text/plain": provenance.description})
         _glue(f"data-{provenance.name}", asdict(provenance))
 

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from ntkbook.publish.claims import Bundle
+from ntkbook.publish.claims import STAND_INS, Bundle
 
 _COORDINATES = re.compile(r'(?<=\s)(?:d|x|y)="[^"]*"')
 _DIGITS = re.compile(r"(\.\d\d)\d+")
@@ -87,10 +87,13 @@ def style() -> None:
 def title(where: Axes | Figure, text: str, profile: str, *, paper: str = "") -> None:
     """Title a figure or axes, after the paper's figure that it redraws, such as "Figure 1".
 
-    In the quick profile the word *quick* stands in that name's place, so that nobody takes it for a result.
+    In the quick profile, and where data stand in for the paper's, words that say so take that name's place, so that
+    nobody takes it for a result.
     """
     if profile == "quick":
         text = f"{text} (quick)"
+    elif STAND_INS:
+        text = f"{text} (stand-in data)"
     elif paper:
         text = f"{paper}: {text}"
     if isinstance(where, Figure):
