@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
 from benchmarks.harness import Competitor
-from ntkbook import Linearization, fisher_diagonal, fisher_vector_product
+from ntkbook import FisherOperator, Linearization, fisher_diagonal, fisher_vector_product
 from ntkbook.likelihoods import get_likelihood
+from ntkbook.operators import NTKOperator
 
 CHUNKS = (256, 64, 16)  # the largest first: it is the one most likely to keep within the time limit
 HOOKS = "Full backward hook is firing"  # what BackPACK's hooks make torch warn of, and needs nothing done
@@ -157,6 +158,7 @@ def products(net: nn.Module) -> dict[str, Competitor]:
     return {
         "ntkbook": Competitor(partial(ours, lin)),
         "ntkbook, by the Gram matrix": Competitor(lambda inputs, size: lin.gram(inputs[0]) @ inputs[1]),
+        "ntkbook, automatic choice": Competitor(lambda inputs, size: NTKOperator(lin, inputs[0]) @ inputs[1]),
         "double backward, column by column": Competitor(partial(double_backward, net)),
         "curvlinops J (Jᵀ V)": Competitor(operator),
     }
@@ -178,6 +180,21 @@ def gradient(net: nn.Module, forward: bool, inputs: tuple, size: int | None) -> 
     return f.detach()
 
 
+class Series:
+    """A product of a series with one operator, which keeps what does not depend on the vector; made and used before."""
+
+    def __init__(self, lin: Linearization, method: str) -> None:
+        self.lin, self.method, self.x = lin, method, torch.empty(0)
+
+    def prepare(self, inputs: tuple, size: int | None) -> None:
+        if self.x is not inputs[0]:
+            self.x, self.operator = inputs[0], FisherOperator(self.lin, inputs[0], method=self.method)
+            self(inputs, size)
+
+    def __call__(self, inputs: tuple, size: int | None) -> Tensor:
+        return self.operator @ inputs[1]
+
+
 def fisher(net: nn.Module, sizes: tuple[int | None, ...]) -> dict[str, Competitor]:
     """Ratios are in gradients: the first row."""
     lin, other = Linearization(net), copy.deepcopy(net)
@@ -192,6 +209,7 @@ def fisher(net: nn.Module, sizes: tuple[int | None, ...]) -> dict[str, Competito
         return GGNLinearOperator(net, loss, list(net.parameters()), data, check_deterministic=False) @ v
 
     rough = 0.05  # by differences: the step's own error, and rounding over a step in float32
+    series = {name: Series(lin, f"{name}_difference") for name in ("forward", "central")}
     return {
         "one gradient": Competitor(partial(gradient, other, False), sizes, agrees=False),
         "one gradient and forward": Competitor(partial(gradient, other, True), sizes, agrees=False),
@@ -199,6 +217,10 @@ def fisher(net: nn.Module, sizes: tuple[int | None, ...]) -> dict[str, Competito
         "ntkbook, double backward": Competitor(partial(method, "double_backward"), sizes),
         "ntkbook, forward difference": Competitor(partial(method, "forward_difference"), sizes, rough),
         "ntkbook, central difference": Competitor(partial(method, "central_difference"), sizes, rough),
+        **{
+            f"ntkbook, {name} difference, of a series": Competitor(way, tolerance=rough, prepare=way.prepare)
+            for name, way in series.items()
+        },
         "curvlinops GGN": Competitor(ggn, sizes),
     }
 

@@ -162,10 +162,10 @@ def sweep(entry: dict[str, Any], case: Case, limits: Limits, probes: dict[str, T
         answer, seconds, peak = found
         entry["sweep"].append({"chunk_size": size, "seconds": seconds, "peak": peak})
         if competitor.agrees:
-            compared = answer[competitor.compare].flatten()
-            probe = compared[torch.linspace(0, len(compared) - 1, min(PROBES, len(compared))).long()].clone()
-            ours = probes.setdefault(str(competitor.compare), probe)
-            entry["error"] = max(entry["error"], error(probe, ours))
+            for other in case.competitors.values():  # ours, the first, in every form in which it is compared
+                probes.setdefault(str(other.compare), probe(answer[other.compare]))
+            ours = probes[str(competitor.compare)]
+            entry["error"] = max(entry["error"], error(probe(answer[competitor.compare]), ours))
         del found, answer
         if seconds > limits.once:
             break
@@ -178,6 +178,12 @@ def sweep(entry: dict[str, Any], case: Case, limits: Limits, probes: dict[str, T
         best = min(done, key=lambda trial: trial["seconds"])
         entry |= {"chunk_size": best["chunk_size"], "peak": best["peak"], "seconds": [best["seconds"]]}
         entry["median"] = best["seconds"]
+
+
+def probe(answer: Tensor) -> Tensor:
+    """Entries at which full answers are compared."""
+    count = min(PROBES, answer.numel())
+    return answer.flatten()[torch.arange(count) * (answer.numel() - 1) // max(1, count - 1)]
 
 
 def timed(entry: dict[str, Any], case: Case, limits: Limits) -> float:

@@ -132,8 +132,7 @@ def predictions(net: nn.Module, cache: Path, install: bool) -> dict[str, Competi
     gp = NTKGP(net, noise=NOISE)
 
     def both(post: Posterior, inputs: tuple, size: int | None) -> Tensor:
-        found = post(inputs[2])
-        return torch.stack([found.mean, found.variance])
+        return torch.stack(post.marginals(inputs[2]))
 
     ways = {
         "ntkbook": Prepared(lambda inputs, size: gp.condition(*inputs[:2]), both),

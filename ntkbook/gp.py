@@ -255,11 +255,11 @@ class NTKGP:
             raise ValueError(f"mean: {int((~torch.isfinite(mean)).sum())} of {mean.numel()} values are not finite.")
         return mean
 
-    def _solver(self, values: int) -> Iterative | Nystrom | None:
-        """How to condition on so many observed values; None is Cholesky."""
+    def _solver(self, x: Tensor) -> Iterative | Nystrom | None:
+        """How to condition on values at x; None is Cholesky."""
         if not self._auto:
             return self.iterative
-        gram, landmarks = counted_costs(self.lin, values).values()
+        gram, landmarks = counted_costs(self.lin, x).values()
         fits = gram.memory <= total_memory(self.lin.device) / 2
         return None if fits and gram.multiplications <= landmarks.multiplications else Nystrom()
 

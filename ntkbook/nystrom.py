@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ntkbook.blocks import LayerBlocks
 from ntkbook.iterative import ConvergenceWarning, Report
 from ntkbook.krylov import Whitened, conjugate_gradients, inverse
 from ntkbook.linearize import Linearization
@@ -69,17 +70,19 @@ class Cost(NamedTuple):
     memory: float
 
 
-def counted_costs(lin: Linearization, values: int, rank: int = 100) -> dict[str, Cost]:
-    """What conditioning on so many observed values takes by "cholesky" and by "nystrom" with `rank` landmarks, counted.
+def counted_costs(lin: Linearization, x: Tensor, rank: int = 100) -> dict[str, Cost]:
+    """What conditioning on the outputs at x takes by "cholesky" and by "nystrom" with `rank` landmarks, counted.
 
-    An entry of the Gram matrix takes the sum of the layers' inputs and outputs, a product with JJᵀ 6p a value; three of
-    these serve a kernel whose directions the landmarks hold (the start's residual, an iteration, the last residual).
+    Three products with JJᵀ serve a kernel whose directions the landmarks hold (the start's residual, an iteration, the
+    last residual); orthogonalising the landmarks' features takes 4 rank² a value.
     """
-    entry = sum(w.shape[0] + w.numel() / w.shape[0] for w in lin.params.values() if w.ndim > 1)
-    p, itemsize = lin.num_params, lin.dtype.itemsize
+    blocks, n = LayerBlocks(lin, x, *lin._inspect(x)), len(x)
+    values, itemsize = n * blocks.outputs, lin.dtype.itemsize
+    gram, columns = blocks.gram_cost(n, n, symmetric=True), blocks.gram_cost(n, min(n, rank), symmetric=False)
+    products = 6 * n * blocks.product_cost(1)
     return {
-        "cholesky": Cost(values**2 / 2 * entry + values**3 / 6, 4 * values**2 * itemsize),
-        "nystrom": Cost(values * (rank * (entry + 4 * rank) + 18 * p), 3 * rank * max(values, p) * itemsize),
+        "cholesky": Cost(gram + values**3 / 6, 4 * values**2 * itemsize),
+        "nystrom": Cost(columns + 4 * values * rank**2 + products, 3 * rank * max(values, lin.num_params) * itemsize),
     }
 
 

@@ -44,7 +44,7 @@ class Posterior:
         self._observed, self._group_of = observed, _ = torch.unique(
             ~torch.isnan(y.flatten(1)), dim=0, return_inverse=True
         )
-        gp.iterative = iterative = gp._solver(residuals.shape[1])
+        gp.iterative = iterative = gp._solver(x)
         if iterative is not None:
             self._x = self._x.detach()
         gram = residuals.new_empty(0)

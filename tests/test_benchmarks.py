@@ -27,6 +27,8 @@ TINY = {
     "diagonal": partial(problems.diagonal, "3-4-3", 9),
     "likelihood": partial(problems.regression, "3-4-1", 24, 6, False),
     "prediction": partial(problems.regression, "3-4-1", 24, 6, True),
+    "tasks": partial(problems.many_tasks, "1-40-1", 20, 30, False, 0.2),
+    "tasks, fitted": partial(problems.many_tasks, "1-40-1", 10, 150, True, 0.1),
 }
 
 
@@ -69,7 +71,7 @@ def test_all_agree_and_are_timed(name, tmp_path):
     assert "<svg" in (tmp_path / "plot.svg").read_text()
 
 
-@pytest.mark.parametrize("name", ["LeNet3", "PreResNet8"])
+@pytest.mark.parametrize("name", ["LeNet-5", "PreResNet8"])
 def test_convolutions_agree(name, tmp_path):
     found = run(tmp_path, [problems.Problem("gram", "gram", partial(problems.gram, name, 3, False, 2))])
     rows = {row["name"]: row for row in found["problems"]["gram"]["rows"]}
@@ -106,6 +108,8 @@ def test_what_fails_keeps_the_rest(tmp_path):
         shape=Competitor(lambda inputs, size: 2 * inputs[0][:, None]),
         nan=Competitor(lambda inputs, size: inputs[0] * math.nan),
         wrong_on_all=Competitor(lambda inputs, size: inputs[0] * (2 if len(inputs[0]) == 3 else 3)),
+        a_part=Competitor(lambda inputs, size: 2 * inputs[0][:2], compare=slice(0, 2)),
+        wrong_part=Competitor(lambda i, size: i[0][:2] * (2 if len(i[0]) == 3 else 3), compare=slice(0, 2)),
         broken=Competitor(broken),
         skips=Competitor(skips),
         late=Competitor(late, (2, 1)),
@@ -125,11 +129,12 @@ def test_what_fails_keeps_the_rest(tmp_path):
     assert reasons["shape"].startswith("disagrees: error inf")
     assert reasons["nan"].startswith("disagrees: error inf")
     assert reasons["wrong_on_all"].startswith("disagrees on all inputs")
+    assert reasons["wrong_part"].startswith("disagrees on all inputs")
     assert reasons["broken"] == "ValueError: no such thing"
     assert reasons["skips"] == "skipped: not here"
     assert reasons["late"] == "more than 5 seconds"
     assert reasons["large"].startswith("out of memory")
-    assert [reasons[name] for name in ("right", "rough", "unit")] == [None] * 3
+    assert [reasons[name] for name in ("right", "a_part", "rough", "unit")] == [None] * 4
     rows = {row["name"]: row for row in first["rows"]}
     assert [trial["chunk_size"] for trial in rows["right"]["sweep"]] == [4, 2, 8]  # none is larger than the data
     assert len(rows["late"]["sweep"]) == 1
@@ -211,4 +216,4 @@ def test_the_list_of_problems():
         names = [problem.name for problem in problems.problems(quick)]
         assert len(set(names)) == len(names)
     groups = {problem.group for problem in problems.problems()}
-    assert groups == {"gram", "products", "fisher", "diagonal", "likelihood", "prediction"}
+    assert groups == {"gram", "products", "fisher", "diagonal", "likelihood", "prediction", "tasks"}

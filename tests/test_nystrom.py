@@ -12,6 +12,7 @@ from oracles import accurate_gp
 from oracles.largest import Largest
 
 from ntkbook import NTKGP, ConvergenceWarning, Linearization, Nystrom
+from ntkbook.blocks import LayerBlocks
 from ntkbook.experiments.networks import mlp
 from ntkbook.krylov import Whitened
 from ntkbook.nystrom import Landmarks, counted_costs, pivots
@@ -250,9 +251,15 @@ def test_auto_takes_what_costs_less_and_says_which(monkeypatch):
     assert large.report.converged
     assert small.report is None
     assert NTKGP(net, solver="cg").condition(x[:9], x[:9, 0]).solver == "cg"
-    gram, landmarks = (counted_costs(gp.lin, 1000)[name] for name in ("cholesky", "nystrom"))
+    gram, landmarks = (counted_costs(gp.lin, x)[name] for name in ("cholesky", "nystrom"))
     assert gram.multiplications > landmarks.multiplications
-    assert counted_costs(gp.lin, 20)["cholesky"].multiplications == 20**2 / 2 * (11 + 18 + 10) + 20**3 / 6
+    small = counted_costs(gp.lin, x[:20], rank=10)
+    counts = LayerBlocks(gp.lin, x, outputs=1, memory=0)
+    assert small["cholesky"] == (counts.gram_cost(20, 20, True) + 20**3 / 6, 4 * 20**2 * 8)
+    assert small["nystrom"] == (
+        counts.gram_cost(20, 10, False) + 4 * 20 * 10**2 + 6 * 20 * counts.product_cost(1),
+        3 * 10 * gp.lin.num_params * 8,
+    )
     monkeypatch.setattr("ntkbook.gp.total_memory", lambda device: 4 * 20**2 * 8)  # twice of what it takes is too much
     assert gp.condition(x[:20], x[:20, 0]).solver == "nystrom"
 
