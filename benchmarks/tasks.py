@@ -2,7 +2,7 @@
 
 The precipitation chapter's shape: made-up stations, with a level, a season and weather each; float64. Inputs are
 (x, x*, values), NaN where missing; an answer is (tasks, 1 + 2m): the log marginal likelihood a value, means, variances.
-Where hyperparameters are fitted, that is timed too. Loops run over the first FEW tasks, and their time is multiplied up.
+Where hyperparameters are fitted, that is timed too. Loops run over FEW tasks, and their time is multiplied up.
 GPyTorch's ExactGP has the same Gram matrix, computed once, and takes 100 steps of Adam to fit.
 """
 

@@ -6,8 +6,7 @@ With the factors of `ntkbook.layers`, a layer's share for two examples with deri
 
 the ghost product: no object of the size of the parameters. With one position (a Linear on a vector) it is
 (D Dᵀ) ∘ (A Aᵀ) for all examples. Where positions are many and the weight is small, rows of the Jacobian in that layer's
-parameters, Σ_t d_t a_tᵀ, are cheaper: `prefers_ghost` counts. The rows of all such layers and of the parameters without
-a rule stand side by side and are multiplied at once.
+parameters, Σ_t d_t a_tᵀ, are cheaper: `prefers_ghost` counts. Rows are written once, to where they are multiplied.
 """
 
 from collections.abc import Mapping
@@ -35,14 +34,15 @@ class Factors(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What examples contribute to a Gram matrix: layers' factors, and rows of the Jacobian in all other parameters."""
+    """What examples contribute to a Gram matrix: layers' factors, and rows of the Jacobian in all other parameters,
+    layer by layer; at the end those in parameters without a rule, which may be none."""
 
     factors: list[Factors]
-    rows: Float[Tensor, "n o q"]
+    rows: list[Float[Tensor, "n o _"]]
 
     def part(self, start: int, stop: int) -> "Features":
         cut = [Factors(a[start:stop], d[start:stop]) for a, d in self.factors]
-        return Features(cut, self.rows[start:stop])
+        return Features(cut, [rows[start:stop] for rows in self.rows])
 
 
 class Shape(NamedTuple):
@@ -116,11 +116,11 @@ class FeatureMaker:
         o = outputs if output is None else 1
         p = sum(value.numel() for value in self.rest.values())
         self.outputs = 1 if trace else o
-        self.columns = sum(shape.rows for shape, ghost in zip(shapes, self.ghosts) if not ghost)
-        self.columns += p * (o if trace else 1)
+        self.columns = [shape.rows for shape, ghost in zip(shapes, self.ghosts) if not ghost]
+        self.columns.append(p * (o if trace else 1))
         itemsize = next(iter(params.values())).element_size()
         factors = [shape.g * shape.t * (shape.i + shape.o * shape.z) for shape in shapes]
-        kept = sum(numbers for numbers, ghost in zip(factors, self.ghosts) if ghost) + self.outputs * self.columns
+        kept = sum(numbers for numbers, ghost in zip(factors, self.ghosts) if ghost) + self.outputs * sum(self.columns)
         self.kept = max(1, kept * itemsize)
         """Bytes of an example's features."""
         made = [0 if ghost else shape.o * shape.rows for shape, ghost in zip(shapes, self.ghosts)]
@@ -145,23 +145,23 @@ class FeatureMaker:
     def __call__(self, x: Float[Tensor, "n ..."] | Shaped[Tensor, "n ..."], size: int) -> Features:
         """The features of x (n, ...), made of `size` examples at a time."""
         n = len(x)
-        rows = next(iter(self.params.values())).new_empty(n, self.outputs, self.columns)
+        empty = next(iter(self.params.values())).new_empty
+        rows = [empty(n, self.outputs, columns) for columns in self.columns]
         factors: list[Factors] = []
         for start in range(0, n, size):
-            part, here, column, number = x[start : start + size].detach(), slice(start, start + size), 0, 0
+            part, here = x[start : start + size].detach(), slice(start, start + size)
+            made, kept = iter(rows), iter(factors)
             for feature, ghost in zip(self._layer_features(part), self.ghosts):
-                if ghost:
-                    if start == 0:
-                        factors.append(Factors(*(v.new_empty(n, *v.shape[1:]) for v in feature[1:])))
-                    factors[number].inputs[here], factors[number].derivatives[here] = feature[1:]
-                    number += 1
-                else:
-                    gradients = gradient_rows(feature).flatten(2)
-                    rows[here, :, column : column + gradients.shape[2]] = gradients
-                    column += gradients.shape[2]
+                if not ghost:
+                    gradient_rows(feature, out=next(made)[here])
+                    continue
+                if start == 0:
+                    factors.append(Factors(*(v.new_empty(n, *v.shape[1:]) for v in feature[1:])))
+                whole = factors[-1] if start == 0 else next(kept)
+                whole.inputs[here], whole.derivatives[here] = feature[1:]
             if self.rest:
                 gradients = jacobian_rows(self.call, self.rest, self.params, part, self.output)
-                rows[here, :, column:] = gradients.reshape(len(part), self.outputs, -1)
+                next(made)[here] = gradients.reshape(len(part), self.outputs, -1)
         return Features(factors, rows)
 
 
@@ -193,7 +193,7 @@ def gram(maker: FeatureMaker, x: Tensor, x2: Tensor | None, out: Float[Tensor, "
 
 def gram_diagonal(features: Features) -> Float[Tensor, "n o"]:
     """The diagonal of J Jᵀ: every row's squared norm."""
-    total = features.rows.square().sum(-1)
+    total = torch.stack([rows.square().sum(-1) for rows in features.rows]).sum(0)
     for a, d in features.factors:
         shared = _same(a, a).to(d.dtype) if not a.is_floating_point() else a @ a.mT
         total += ((d @ d.mT) * shared[:, None]).sum((2, 3, 4))
@@ -201,8 +201,8 @@ def gram_diagonal(features: Features) -> Float[Tensor, "n o"]:
 
 
 def differentiable_gram(left: Features, right: Features) -> Float[Tensor, "r c"]:
-    """J₁ J₂ᵀ with a graph behind it, of rows or of layers with one position."""
-    total = left.rows.flatten(0, 1) @ right.rows.flatten(0, 1).T
+    """J₁ J₂ᵀ with a graph behind it, of rows in all parameters or of layers with one position."""
+    total = left.rows[-1].flatten(0, 1) @ right.rows[-1].flatten(0, 1).T
     for (a, d), (a2, d2) in zip(left.factors, right.factors):
         (n, o, *_), (m, o2, *_) = d.shape, d2.shape
         products = d.reshape(n * o, -1) @ d2.reshape(m * o2, -1).T
@@ -225,7 +225,7 @@ class _Products:
 
     def square(self, features: Features, out: Float[Tensor, "r r"]) -> None:
         """The upper half of J Jᵀ (and what the squares on the diagonal have below)."""
-        n, o, _ = features.rows.shape
+        n, o, _ = features.rows[-1].shape
         if n * o <= LEAF or n == 1:
             self.add(features, features, out)
             return
@@ -236,7 +236,7 @@ class _Products:
         self.add(one, two, out[: half * o, half * o :])
 
     def add(self, left: Features, right: Features, out: Float[Tensor, "r c"]) -> None:
-        (n, o, q), m = left.rows.shape, len(right.rows)
+        (n, o, _), m = left.rows[-1].shape, len(right.rows[-1])
         if out.numel() > TILE and max(n, m) > 1:
             if n > m:
                 half = _half(n)
@@ -247,8 +247,9 @@ class _Products:
                 self.add(left, right.part(0, half), out[:, : half * o])
                 self.add(left, right.part(half, m), out[:, half * o :])
             return
-        if q:
-            out.addmm_(left.rows.view(n * o, q), right.rows.view(m * o, q).T)
+        for one, two in zip(left.rows, right.rows):
+            if one.shape[2]:
+                out.addmm_(one.view(n * o, -1), two.view(m * o, -1).T)
         for one, two in zip(left.factors, right.factors):
             self._ghost(one, two, out.view(n, o, m, o))
 

@@ -207,16 +207,23 @@ def _one_by_one(f: Tensor, wanted: list[Tensor], basis: Float[Tensor, "k n o"]) 
     return found
 
 
-def gradient_rows(feature: LayerFeatures) -> Float[Tensor, "n o g z i"]:
-    """Every example's and output's gradient Σ_t d_t a_tᵀ, with a last column for the bias where there is one."""
+def gradient_rows(feature: LayerFeatures, out: Float[Tensor, "n o _"] | None = None) -> Float[Tensor, "n o g z i"]:
+    """Every example's and output's gradient Σ_t d_t a_tᵀ, with a last column for the bias where there is one.
+
+    `out`: where to write them, flat and contiguous.
+    """
     _, a, d = feature
     n, o, g, t, z = d.shape
     if isinstance(feature.layer.module, nn.Embedding) and feature.layer.weight:
         rows = d.new_zeros(n * o, feature.layer.module.num_embeddings, z)
         tokens = a.expand(n, o, t, z).reshape(n * o, t, z)
-        return rows.scatter_add_(1, tokens, d.reshape(n * o, t, z)).view(n, o, 1, -1, z).transpose(3, 4)
-    left = d.permute(0, 2, 1, 4, 3).reshape(n * g, o * z, t)
-    return torch.bmm(left, a.reshape(n * g, t, -1)).view(n, g, o, z, -1).transpose(1, 2)
+        rows = rows.scatter_add_(1, tokens, d.reshape(n * o, t, z)).view(n, o, 1, -1, z).transpose(3, 4)
+    else:
+        left, right = d.permute(0, 2, 1, 4, 3).reshape(n * g, o * z, t), a.reshape(n * g, t, -1)
+        if g == 1 and out is not None:
+            return torch.bmm(left, right, out=out.view(n, o * z, -1)).view(n, o, g, z, -1)
+        rows = torch.bmm(left, right).view(n, g, o, z, -1).transpose(1, 2)
+    return rows if out is None else out.view(rows.shape).copy_(rows)
 
 
 def jacobian_rows(

@@ -239,9 +239,9 @@ class Linearization(FunctionalNetwork):
             found = list(layer_features(self._call, layers, self.params, x, output))
             if all(feature.inputs.shape[2] == 1 for feature in found):
                 factors = [Factors(a, stacked(d) if trace else d) for _, a, d in found]
-                return Features(factors, x.new_zeros(len(x), factors[0].derivatives.shape[1], 0))
+                return Features(factors, [x.new_zeros(len(x), factors[0].derivatives.shape[1], 0)])
         rows = self._jacobian_chunk(x, output)
-        return Features([], rows.flatten(1)[:, None] if trace else rows)
+        return Features([], [rows.flatten(1)[:, None] if trace else rows])
 
     def _differentiable_rows(self, example: Tensor, select: slice) -> Float[Tensor, "o p"]:
         """One example's Jacobian, differentiable in it, by plain autograd, an output at a time.
