@@ -118,7 +118,9 @@ def ways(net: nn.Module, noise: float, fitted: bool) -> dict[str, Competitor]:
         ("GPyTorch, a task at a time", gpytorch_loop, 0.5 if fitted else None),
     ):
         way = partial(run, gp, fitted)
-        found[name] = Competitor(way, tolerance=tolerance, cost=multiplied(way), compare=slice(0, FEW))
+        found[f"{name} (from {FEW})"] = Competitor(
+            way, tolerance=tolerance, cost=multiplied(way), compare=slice(0, FEW)
+        )
     return found
 
 
