@@ -13,7 +13,7 @@ from gpytorch.kernels import LinearKernel
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
-from benchmarks.harness import Competitor
+from benchmarks.harness import Competitor, Prepared
 from ntkbook import FisherOperator, Linearization, fisher_diagonal, fisher_vector_product
 from ntkbook.likelihoods import get_likelihood
 from ntkbook.operators import NTKOperator
@@ -180,27 +180,15 @@ def gradient(net: nn.Module, forward: bool, inputs: tuple, size: int | None) -> 
     return f.detach()
 
 
-class Series:
-    """A product of a series with one operator, which keeps what does not depend on the vector; made and used before."""
-
-    def __init__(self, lin: Linearization, method: str) -> None:
-        self.lin, self.method, self.x = lin, method, torch.empty(0)
-
-    def prepare(self, inputs: tuple, size: int | None) -> None:
-        if self.x is not inputs[0]:
-            self.x, self.operator = inputs[0], FisherOperator(self.lin, inputs[0], method=self.method)
-            self(inputs, size)
-
-    def __call__(self, inputs: tuple, size: int | None) -> Tensor:
-        return self.operator @ inputs[1]
-
-
 def fisher(net: nn.Module, sizes: tuple[int | None, ...]) -> dict[str, Competitor]:
     """Ratios are in gradients: the first row."""
     lin, other = Linearization(net), copy.deepcopy(net)
 
     def method(name: str, inputs: tuple, size: int | None) -> Tensor:
         return fisher_vector_product(lin, *inputs, method=name, chunk_size=size)
+
+    def operator(name: str, inputs: tuple, size: int | None) -> FisherOperator:
+        return FisherOperator(lin, inputs[0], method=name)
 
     def ggn(inputs: tuple, size: int | None) -> Tensor:
         x, v = inputs
@@ -209,7 +197,10 @@ def fisher(net: nn.Module, sizes: tuple[int | None, ...]) -> dict[str, Competito
         return GGNLinearOperator(net, loss, list(net.parameters()), data, check_deterministic=False) @ v
 
     rough = 0.05  # by differences: the step's own error, and rounding over a step in float32
-    series = {name: Series(lin, f"{name}_difference") for name in ("forward", "central")}
+    series = {  # products with one operator, which keeps what does not depend on the vector
+        name: Prepared(partial(operator, f"{name}_difference"), lambda made, inputs, size: made @ inputs[1])
+        for name in ("forward", "central")
+    }
     return {
         "one gradient": Competitor(partial(gradient, other, False), sizes, agrees=False),
         "one gradient and forward": Competitor(partial(gradient, other, True), sizes, agrees=False),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.harness import Competitor, Skipped
+from benchmarks.harness import Competitor, Prepared, Skipped
 from ntkbook import NTKGP, Linearization
 from ntkbook.posterior import Posterior
 
@@ -110,21 +110,6 @@ def likelihoods(net: nn.Module, cache: Path, install: bool) -> dict[str, Competi
         "GPyTorch on explicit J": Competitor(partial(gpytorch_likelihood, net)),
         "laplace-torch, functional": Competitor(partial(laplace_likelihood, net, cache, install), (64, 256)),
     }
-
-
-class Prepared:
-    """A model made before the clock runs, for one n and chunk size at a time, and asked once for what it caches."""
-
-    def __init__(self, make, predict) -> None:
-        self.make, self.predict, self.models = make, predict, {}
-
-    def prepare(self, inputs: tuple, size: int | None) -> None:
-        if (len(inputs[0]), size) not in self.models:
-            self.models = {(len(inputs[0]), size): self.make(inputs, size)}  # the one before is dropped
-            self(inputs, size)
-
-    def __call__(self, inputs: tuple, size: int | None) -> Tensor:
-        return self.predict(self.models[len(inputs[0]), size], inputs, size)
 
 
 def predictions(net: nn.Module, cache: Path, install: bool) -> dict[str, Competitor]:

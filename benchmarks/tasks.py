@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Competitor
 from ntkbook import NTKGP, Linearization
-from ntkbook.experiments.products import measure
 
 FEW = 8
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -102,9 +101,8 @@ def multiplied(run: Callable[[Inputs, int | None], Tensor]) -> Callable:
     """The cost of a loop over all tasks, from that over the first of them."""
 
     def cost(inputs: Inputs, size: int | None) -> tuple[Tensor, float, float]:
-        answers: list[Tensor] = []
-        seconds, peak = measure(lambda: answers.append(run(inputs, size)))
-        return answers[0], seconds * len(inputs[2]) / len(answers[0]), peak
+        answer, seconds, peak = Competitor(run).measured(inputs, size)
+        return answer, seconds * len(inputs[2]) / len(answer), peak
 
     return cost
 

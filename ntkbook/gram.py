@@ -150,15 +150,15 @@ class FeatureMaker:
         factors: list[Factors] = []
         for start in range(0, n, size):
             part, here = x[start : start + size].detach(), slice(start, start + size)
-            made, kept = iter(rows), iter(factors)
+            made, kept = iter(rows), iter(factors)  # which grows ahead of its iterator in the first chunk
             for feature, ghost in zip(self._layer_features(part), self.ghosts):
                 if not ghost:
                     gradient_rows(feature, out=next(made)[here])
                     continue
                 if start == 0:
                     factors.append(Factors(*(v.new_empty(n, *v.shape[1:]) for v in feature[1:])))
-                whole = factors[-1] if start == 0 else next(kept)
-                whole.inputs[here], whole.derivatives[here] = feature[1:]
+                inputs, derivatives = next(kept)
+                inputs[here], derivatives[here] = feature[1:]
             if self.rest:
                 gradients = jacobian_rows(self.call, self.rest, self.params, part, self.output)
                 next(made)[here] = gradients.reshape(len(part), self.outputs, -1)
