@@ -3,6 +3,7 @@
 Inputs are (x, y, x*); a prediction's answer is (2, m): means and variances.
 """
 
+import copy
 import math
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def laplace(cache: Path, install: bool):
 def laplace_model(net: nn.Module, cache: Path, install: bool, inputs: tuple, size: int | None):
     """Functional Laplace on all points."""
     x, y, _ = inputs
+    net = copy.deepcopy(net)  # its hooks stay where a call was cut off
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         settings = {"sigma_noise": math.sqrt(NOISE), "prior_precision": 1.0, "n_subset": len(x)}
