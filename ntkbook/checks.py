@@ -128,6 +128,20 @@ def _rng_states(cuda: list[torch.device]) -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
 
 
+def require_double(device: torch.device | str, dtype: torch.dtype) -> None:
+    """Raise ValueError where dtype is torch.float64 and the device, such as Apple's MPS, has none."""
+    if dtype != torch.float64 or torch.device(device).type in ("cpu", "cuda"):
+        return
+    torch.empty(0, dtype=torch.float32, device=device) + 1  # what fails here has nothing to do with the dtype
+    try:
+        torch.empty(0, dtype=dtype, device=device) + 1
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"device: {device} has no {dtype}, in which NTKGP computes unless told otherwise: pass "
+            "dtype=torch.float32, which loses the kernel's small eigenvalues, or stay on the CPU."
+        ) from error
+
+
 @contextmanager
 def explained(method: str) -> Iterator[None]:
     """Say what to do where torch.func meets an operation that it cannot transform.

@@ -11,9 +11,10 @@ from ntkbook.fisher import FisherOperator
 from ntkbook.krylov import orthonormal
 from ntkbook.likelihoods import Gaussian
 from ntkbook.memory import require_memory, total_memory
+from ntkbook.moving import Movable
 
 
-class FisherPosterior:
+class FisherPosterior(Movable):
     """θ − θ₀ ~ N(φ, (F + I/s²)⁻¹), φ = (F + I/s²)⁻¹ Jᵀ∇log p(y | m), for the linear model f = m + J (θ − θ₀).
 
     For a Gaussian likelihood this is the Gaussian process of `NTKGP`. For any other it is one Newton step from θ₀ with

@@ -12,6 +12,7 @@ from ntkbook.hyperparameters import ProfileLikelihood
 from ntkbook.iterative import Iterative
 from ntkbook.linearize import Linearization
 from ntkbook.memory import require_memory, total_memory
+from ntkbook.moving import Movable
 from ntkbook.nystrom import Nystrom, counted_costs
 from ntkbook.posterior import Posterior, distribution
 from ntkbook.tasks import Basis, TaskHyperparameters, TaskPosterior, fit_tasks, rank_is_low
@@ -21,7 +22,7 @@ MANY_PATTERNS = 32
 """Patterns of missing values whose Cholesky factors cost about what an eigendecomposition of the Gram matrix does."""
 
 
-class NTKGP:
+class NTKGP(Movable):
     """y = m(x) + J(x) θ′ + ε with θ′ ~ N(0, s² I) and ε ~ N(0, σ²): the network's linearisation as a Gaussian process.
 
     Adapting to a task is conditioning on its data, in closed form. In function space that is the dual of the paper's

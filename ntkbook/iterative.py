@@ -14,6 +14,7 @@ from torch import Tensor
 from ntkbook.krylov import Subspace, Whitened, conjugate_gradients
 from ntkbook.linearize import Linearization
 from ntkbook.memory import require_memory, total_memory
+from ntkbook.moving import Movable
 
 
 class ConvergenceWarning(RuntimeWarning):
@@ -83,7 +84,7 @@ def left(prior: Tensor, explained: Float[Tensor, "r m"]) -> Tensor:
     return (prior - explained.square().sum(0)).clamp_min(0)
 
 
-class IterativeConditioning:
+class IterativeConditioning(Movable):
     """One pattern of observed values, conditioned on by products, for the tasks that share it.
 
     Its results are constants: no gradient flows to x, residuals or noise.

@@ -8,11 +8,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ntkbook.linearize import Linearization
+from ntkbook.moving import Movable
 
 Product = Callable[[Tensor], Tensor]
 
 
-class Whitened:
+class Whitened(Movable):
     """A = s Σ^(-1/2) J(x) of the observed values, (N, p), by its products alone; Σ is the noise, s² the outputscale.
 
     I + AᵀA is the posterior's precision in the parameters divided by s, I + AAᵀ the data's covariance in units of the
@@ -59,7 +60,7 @@ class Whitened:
         return self.lin.vjp(self.x, spread)
 
 
-class Subspace:
+class Subspace(Movable):
     """Directions Q (N, r) for linear estimates: a block Krylov space of AAᵀ, with orthonormal columns.
 
     In units of prior and noise, the posterior variance of jᵀφ is the error of the best linear estimate of it,

@@ -21,6 +21,7 @@ from ntkbook.iterative import ConvergenceWarning, Report
 from ntkbook.krylov import Whitened, conjugate_gradients, inverse
 from ntkbook.linearize import Linearization
 from ntkbook.memory import require_memory, working_memory
+from ntkbook.moving import Movable
 
 CHUNK = 8192
 """Examples whose Gram columns are asked for at once, as `Linearization.gram` keeps the features of those."""
@@ -86,7 +87,7 @@ def counted_costs(lin: Linearization, x: Tensor, rank: int = 100) -> dict[str, C
     }
 
 
-class Landmarks:
+class Landmarks(Movable):
     """The span V (p, r) of r Jacobian rows, and what all data say in it, in units of prior and noise (see `Whitened`).
 
     AᵀA is seen as T = ΦᵀΦ on V, Φ = AV, and as nothing outside. E = A(I − VVᵀ) is what that leaves, and
@@ -177,7 +178,7 @@ def pivots(gram: Float[Tensor, "k k"], rank: int, enough: float) -> list[int]:
     return chosen
 
 
-class NystromConditioning:
+class NystromConditioning(Movable):
     """One pattern of observed values, conditioned on through landmarks, for the tasks that share it.
 
     (I + AAᵀ) a = b for the targets b in units of the noise by conjugate gradients on products with all data,

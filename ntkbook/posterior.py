@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ntkbook.iterative import IterativeConditioning, Report, left
 from ntkbook.memory import require_memory, working_memory
+from ntkbook.moving import Movable
 from ntkbook.nystrom import Nystrom, NystromConditioning
 
 if TYPE_CHECKING:
     from ntkbook.gp import NTKGP
 
 
-class Posterior:
+class Posterior(Movable):
     """A Gaussian process given data: of one task, or of T tasks at the same inputs (then T leads every shape).
 
     Made by `NTKGP.condition` and `NTKGP.condition_tasks`. Tasks that were observed at the same points share one
@@ -190,7 +191,7 @@ class Posterior:
         require_memory(nbytes, x.device, what, "Use mean(x) and variance(x), which form none.")
 
 
-class Cholesky:
+class Cholesky(Movable):
     """One pattern of observed values, conditioned on by a factor of its Gram matrix, for the tasks that share it."""
 
     def __init__(

@@ -1,0 +1,58 @@
+"""A Sphinx extension for the API reference: the docstrings' plain text as what Sphinx reads, with links between names."""
+
+import re
+from typing import Any
+
+NAME = re.compile(r"[A-Za-z_][\w.]*")
+
+
+def restructured(lines: list[str]) -> list[str]:
+    """A docstring's lines as reStructuredText.
+
+    What is in backticks becomes a link where it is a name that the reference has, and code elsewhere; what is indented
+    below a paragraph is shown as it stands; |x|, * and a trailing _ mean themselves. Sections such as "Args:" stay, for
+    sphinx.ext.napoleon.
+    """
+    blocks: list[tuple[bool, list[str]]] = [(False, [])]
+    before = ""  # the last line that is not empty
+    for i, line in enumerate(lines):
+        literal, block = blocks[-1]
+        indented = line.startswith("    ")
+        starts = indented and not literal and i and not lines[i - 1].strip() and before and not before.startswith(" ")
+        if starts or (literal and line.strip() and not indented):
+            block = []
+            blocks.append((not literal, block))
+        block.append(line)
+        before = line if line.strip() else before
+    out: list[str] = []
+    for literal, block in blocks:
+        out += ["::", "", *block] if literal else _escaped("\n".join(block)).split("\n")
+    return out
+
+
+def _escaped(text: str) -> str:
+    parts = re.split(r"`([^`]+)`", text)  # those with an odd index were in backticks
+    for i, part in enumerate(parts):
+        if i % 2 == 0:
+            parts[i] = re.sub(r"[\\|*]|(?<=\w)_(?!\w)", r"\\\g<0>", part)
+            continue
+        code = " ".join(part.split())
+        parts[i] = f":py:obj:`{code}`" if NAME.fullmatch(code) else f"``{code}``"
+        if re.match(r"\w", parts[i + 1]):  # as in the plural of a name
+            parts[i] += "\\ "
+    return "".join(parts)
+
+
+def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = restructured(lines)
+
+
+def _skip(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """The fields of a NamedTuple, whose docstring is "Alias for field number 0": its own says what they are."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+def setup(app: Any) -> dict[str, bool]:
+    app.connect("autodoc-process-docstring", _process, priority=400)  # before napoleon
+    app.connect("autodoc-skip-member", _skip)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
