@@ -25,6 +25,10 @@ class Posterior(Movable):
     Made by `NTKGP.condition` and `NTKGP.condition_tasks`. Tasks that were observed at the same points share one
     factorisation, or one cached subspace. Differentiable in new inputs; in the data by Cholesky alone. (Its subclass
     `ntkbook.tasks.TaskPosterior` is for many patterns of missing values and for hyperparameters of each task.)
+
+    To save one, `torch.save(posterior, file)`; to load it, `torch.load(file, weights_only=False)`, which runs code that
+    the file holds. It then says the same to the last bit. The network's class and a function for the mean must be
+    importable where it is loaded, and the versions of ntkbook and torch those that saved it.
     """
 
     def __init__(

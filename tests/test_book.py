@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from bs4 import BeautifulSoup
 
 from ntkbook.publish import claims, notebooks, runner, scorecard, site
 
@@ -182,3 +183,32 @@ def test_a_warning_fails_the_build(toybook, tmp_path):
     index.write_text(index.read_text("utf8") + "\nSee [nothing](nothing.md).\n", "utf8")
     with pytest.raises(site.BuildError, match="nothing"):
         site.build(root)
+
+
+def test_the_reference_has_every_public_name_and_every_reference_to_one_resolves(pages):
+    import ntkbook
+
+    for path in pages.rglob("*.html"):
+        page = BeautifulSoup(path.read_text("utf8"), "html.parser")
+        for code in page.select("code.xref.py"):
+            name = code.get_text().strip("()")
+            if name.split(".")[0] in ("ntkbook", *ntkbook.__all__) and name != "ntkbook.layers":
+                assert code.find_parent("a"), f"{path.name}: {name} leads nowhere"
+    reference = BeautifulSoup((pages / "book" / "api.html").read_text("utf8"), "html.parser")
+    documented = {entry["id"] for entry in reference.select("dt.sig[id]")}
+    assert {f"ntkbook.{name}" for name in ntkbook.__all__} <= documented
+    assert {"ntkbook.NTKGP.to", "ntkbook.Posterior.mean", "ntkbook.likelihoods.Poisson"} <= documented
+    signature = reference.find(id="ntkbook.Linearization.vjp").get_text()
+    assert 'Float[Tensor, "p k"]' in signature.replace("'", '"')
+    nystrom = reference.find(id="ntkbook.Nystrom")
+    assert nystrom is not None
+    assert 'href="api.html#ntkbook.Nystrom"' in (pages / "book" / "04_malaria.html").read_text("utf8")
+
+
+def test_a_reference_to_a_name_that_is_not_there_fails_the_build(toybook, tmp_path):
+    root = Path(shutil.copytree(toybook, tmp_path / "toy"))
+    index = root / "book" / "index.md"
+    index.write_text(index.read_text("utf8") + "\nSee {py:func}`ntkbook.nothing` and {py:func}`torch.add`.\n", "utf8")
+    with pytest.raises(site.BuildError, match=r"ntkbook\.nothing") as error:
+        site.build(root)
+    assert "torch.add" not in str(error.value)

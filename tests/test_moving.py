@@ -77,7 +77,11 @@ def facts(posterior, dtype=torch.double):
     """All that a posterior says."""
     x = X_STAR.to(dtype)
     if isinstance(posterior, FisherPosterior):
-        return {"mean": posterior.mean(x), "variance": posterior.variance(x), "residual": torch.tensor(posterior.residual)}
+        return {
+            "mean": posterior.mean(x),
+            "variance": posterior.variance(x),
+            "residual": torch.tensor(posterior.residual),
+        }
     x = x[:, : next(iter(posterior._lin.params.values())).shape[1]]
     found = {"mean": posterior.mean(x), "variance": posterior.variance(x), "weights": posterior.weights}
     found |= {"covariance": posterior(x).covariance_matrix, "evidence": posterior.log_marginal_likelihood}
@@ -122,7 +126,12 @@ def tensors(thing, seen=None):
 def test_a_saved_a_copied_and_a_moved_posterior_say_the_same_to_the_bit(name, asked):
     posterior = MAKERS[name]()
     before = facts(posterior) if asked else None  # what is computed when asked for, before or after
-    others = [loaded(posterior), copy.deepcopy(posterior), posterior.to(), posterior.to(device="cpu", dtype=torch.double)]
+    others = [
+        loaded(posterior),
+        copy.deepcopy(posterior),
+        posterior.to(),
+        posterior.to(device="cpu", dtype=torch.double),
+    ]
     for other in others:
         assert other is not posterior
         assert type(other) is type(posterior)

@@ -1,4 +1,4 @@
-"""A Sphinx extension for the API reference: the docstrings' plain text as what Sphinx reads, with links between names."""
+"""A Sphinx extension for the API reference: docstrings in plain text as what Sphinx reads, with links between names."""
 
 import re
 from typing import Any

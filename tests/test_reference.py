@@ -1,0 +1,42 @@
+"""The API reference: docstrings in plain text become what Sphinx reads."""
+
+from pathlib import Path
+
+import pytest
+
+import ntkbook
+from ntkbook.publish.reference import restructured
+
+PAGE = (Path(__file__).parents[1] / "book" / "api.md").read_text("utf8")
+
+
+@pytest.mark.parametrize(
+    ("line", "want"),
+    [
+        ("as `NTKGP.fit` does", "as :py:obj:`NTKGP.fit` does"),
+        ("two `Posterior`s", "two :py:obj:`Posterior`\\ s"),
+        ("`a @ b`, `x=` and `[1]`", "``a @ b``, ``x=`` and ``[1]``"),
+        ("|x|² and (n, *shape)", "\\|x\\|² and (n, \\*shape)"),
+        ("noise_ and a_b", "noise\\_ and a_b"),
+        ("`a|b_`", "``a|b_``"),
+    ],
+)
+def test_plain_text_means_itself(line, want):
+    assert restructured([line]) == [want]
+
+
+def test_code_over_two_lines_stays_code():
+    assert restructured(["it is `a +", "b` there"]) == ["it is ``a + b`` there"]
+
+
+def test_what_is_indented_below_a_paragraph_is_shown_as_it_stands():
+    lines = ["So:", "", "    a | `b`", "", "    c_", "", "And |d|.", "", "Args:", "    x: |x|."]
+    want = ["So:", "", "::", "", "    a | `b`", "", "    c_", "", "And \\|d\\|.", "", "Args:", "    x: \\|x\\|."]
+    assert restructured(lines) == want
+
+
+def test_the_page_names_all_that_is_public():
+    for name in ntkbook.__all__:
+        directive = "autofunction" if name[0].islower() else "autoclass"
+        assert f".. {directive}:: ntkbook.{name}\n" in PAGE
+        assert f"   ntkbook.{name}\n" in PAGE, f"{name} is not in the table"
