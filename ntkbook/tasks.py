@@ -247,6 +247,15 @@ class TaskPosterior(Posterior):
         log_determinant = (tasks.values / r[:, None]).log1p().sum(1) + n * noise.log()
         self._log_likelihood = -0.5 * (squares.flatten() / noise + log_determinant + n * math.log(2 * math.pi))
 
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TaskPosterior":
+        """As `Posterior.to`; directions of the kernel below the new dtype's rounding keep their prior variance."""
+        other = super().to(device=device, dtype=dtype)
+        if dtype not in (None, self._whiten.dtype) and self._whiten.shape[1]:
+            inverse = self._whiten.square().sum(0)  # of each direction's eigenvalue
+            seen = inverse * torch.finfo(dtype).eps < inverse.min()
+            other._whiten = other._whiten * seen.to(other._whiten)
+        return other
+
     @property
     def log_marginal_likelihood(self) -> Tensor:
         return self._log_likelihood

@@ -188,11 +188,12 @@ def test_a_warning_fails_the_build(toybook, tmp_path):
 def test_the_reference_has_every_public_name_and_every_reference_to_one_resolves(pages):
     import ntkbook
 
+    unlisted = {"ntkbook.blocks", "ntkbook.choice.KeptGram", "ntkbook.layers"}  # inside, but worth a word
     for path in pages.rglob("*.html"):
         page = BeautifulSoup(path.read_text("utf8"), "html.parser")
         for code in page.select("code.xref.py"):
             name = code.get_text().strip("()")
-            if name.split(".")[0] in ("ntkbook", *ntkbook.__all__) and name != "ntkbook.layers":
+            if name.split(".")[0] in ("ntkbook", *ntkbook.__all__) and name not in unlisted:
                 assert code.find_parent("a"), f"{path.name}: {name} leads nowhere"
     reference = BeautifulSoup((pages / "book" / "api.html").read_text("utf8"), "html.parser")
     documented = {entry["id"] for entry in reference.select("dt.sig[id]")}

@@ -42,7 +42,7 @@ def test_the_regression_adapts_to_the_new_task(names):
     error = posterior.mean(x_star) - 1.5 * torch.sin(2 * x_star[:, 0] + 0.5).double()
     assert error.square().mean().sqrt() < 0.3
     far = (names["single"].mean(x_star) - posterior.mean(x_star)).abs().max()
-    assert far < 1e-3  # "about four digits", of values up to 1.5
+    assert far < 1e-3  # "some four digits", of values up to 1.5
 
 
 def test_the_errors_shown_are_those_raised(names):

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ntkbook import NTKGP, FisherOperator, FisherPosterior, Iterative, Linearization, NTKKernel, Nystrom
+from ntkbook import (
+    NTKGP,
+    FisherOperator,
+    FisherPosterior,
+    Iterative,
+    Linearization,
+    NTKKernel,
+    Nystrom,
+    TaskHyperparameters,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +38,7 @@ def network(outputs=1, inputs=2):
 
 X, X_STAR = draw(25, 2), draw(6, 2, seed=1)
 Y = X[:, 0].sin()
+NOISY = Y + 0.3 * draw(25, seed=6)
 TASKS = torch.stack([Y, Y.cos(), Y - X[:, 1]])
 GAPS = TASKS.repeat(30, 1).where(draw(90, 25, seed=2) > -0.5, torch.nan)
 
@@ -38,8 +48,8 @@ def smooth(x):
 
 
 def tasks_of_their_own():
-    gp = NTKGP(network(), noise=0.1, mean="constant")
-    return gp.condition_tasks(X, GAPS[:5], hyperparameters=gp.fit_tasks(X, GAPS[:5]))
+    own = TaskHyperparameters(1 + draw(5, seed=3).square(), 0.1 + draw(5, seed=4).square(), draw(5, 1, seed=5))
+    return NTKGP(network(), mean="constant").condition_tasks(X, GAPS[:5], hyperparameters=own)
 
 
 def fisher():
@@ -61,7 +71,7 @@ MAKERS = {
     "cg, parameter": lambda: NTKGP(network(), noise=0.1, space="parameter", solver=Iterative(rank=9)).condition(X, Y),
     "nystrom": lambda: NTKGP(network(), noise=0.1, solver=Nystrom()).condition(X, Y),
     "auto": lambda: NTKGP(network(), noise=0.1, solver="auto", mean=smooth).condition(X, Y),
-    "fitted constant": lambda: NTKGP(network(), noise=0.1, mean="constant").fit(X, Y).condition(X, Y),
+    "fitted constant": lambda: NTKGP(network(), noise=0.1, mean="constant").fit(X, NOISY).condition(X, NOISY),
     "mean of a module": module_mean,
     "tasks": lambda: NTKGP(network(), noise=0.1).condition_tasks(X, TASKS),
     "tasks with gaps": lambda: NTKGP(network(), noise=0.1).condition_tasks(X, GAPS[:4]),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import ntkbook
-from ntkbook.publish.reference import restructured
+from ntkbook.publish.reference import restructured, signature
 
 PAGE = (Path(__file__).parents[1] / "book" / "api.md").read_text("utf8")
 
@@ -35,8 +35,15 @@ def test_what_is_indented_below_a_paragraph_is_shown_as_it_stands():
     assert restructured(lines) == want
 
 
+def test_types_have_the_names_that_the_reference_has():
+    text = "(lin: ~ntkbook.linearize.Linearization, like: ~ntkbook.likelihoods.Likelihood | str = 'categorical')"
+    want = "(lin: Linearization, like: ~ntkbook.likelihoods.Likelihood | str = 'categorical')"
+    assert signature("ntkbook.fisher_vector_product", text) == want
+    assert signature("ntkbook.NTKGP.to", "~ntkbook.moving.Own") == "ntkbook.NTKGP"
+
+
 def test_the_page_names_all_that_is_public():
     for name in ntkbook.__all__:
         directive = "autofunction" if name[0].islower() else "autoclass"
         assert f".. {directive}:: ntkbook.{name}\n" in PAGE
-        assert f"   ntkbook.{name}\n" in PAGE, f"{name} is not in the table"
+        assert f"   ~ntkbook.{name}\n" in PAGE, f"{name} is not in the table"

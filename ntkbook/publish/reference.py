@@ -47,6 +47,22 @@ def _process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list
     lines[:] = restructured(lines)
 
 
+def signature(owner: str, text: str) -> str:
+    """A signature or its result's type, with the types of this package under the names that the reference has.
+
+    Those are the names of `ntkbook` itself; types of its inside are no links. A method that gives its own type says so
+    by a type variable.
+    """
+    text = re.sub(r"~?ntkbook\.\w+\.Own\b", owner.rpartition(".")[0], text)
+    return re.sub(r"~?ntkbook\.(?!likelihoods\b|operators\b)[a-z_]+\.(?=\w)", "", text)
+
+
+def _process_signature(
+    app: Any, what: str, name: str, obj: Any, options: Any, arguments: str | None, result: str | None
+) -> tuple[str | None, str | None]:
+    return arguments and signature(name, arguments), result and signature(name, result)
+
+
 def _skip(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
     """The fields of a NamedTuple, whose docstring is "Alias for field number 0": its own says what they are."""
     return True if type(obj).__name__ == "_tuplegetter" else None
@@ -54,5 +70,6 @@ def _skip(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) ->
 
 def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", _process, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", _process_signature)
     app.connect("autodoc-skip-member", _skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
