@@ -10,9 +10,10 @@ def restructured(lines: list[str]) -> list[str]:
     """A docstring's lines as reStructuredText.
 
     What is in backticks becomes a link where it is a name that the reference has, and code elsewhere; what is indented
-    below a paragraph is shown as it stands; |x|, * and a trailing _ mean themselves. Sections such as "Args:" stay, for
-    sphinx.ext.napoleon.
+    below a paragraph is shown as it stands; |x|, * and a trailing _ mean themselves; a word in quotes is a string. Two
+    entries on a line of a section such as "Args:", as in "x: (n, ...); y: (n,)", become two for sphinx.ext.napoleon.
     """
+    lines = [entry for line in lines for entry in _entries(line)]
     blocks: list[tuple[bool, list[str]]] = [(False, [])]
     before = ""  # the last line that is not empty
     for i, line in enumerate(lines):
@@ -30,7 +31,14 @@ def restructured(lines: list[str]) -> list[str]:
     return out
 
 
+def _entries(line: str) -> list[str]:
+    if not re.match(r" {4}\w+: ", line):
+        return [line]
+    return ["    " + entry.strip().removesuffix(";") for entry in re.split(r"(?<=[;.]) (?=[a-z]\w*: )", line)]
+
+
 def _escaped(text: str) -> str:
+    text = re.sub(r'(?<![^\s(])((?:\w+=)?"[\w-]+")(?![\w`])', r"`\1`", text)
     parts = re.split(r"`([^`]+)`", text)  # those with an odd index were in backticks
     for i, part in enumerate(parts):
         if i % 2 == 0:
@@ -53,6 +61,8 @@ def signature(owner: str, text: str) -> str:
     Those are the names of `ntkbook` itself; types of its inside are no links. A method that gives its own type says so
     by a type variable.
     """
+    # Not "device" and "dtype", which would be linked to properties of these names.
+    text = re.sub(r"~(?!ntkbook\b|torch\.d(?:evice|type)\b)[\w.]+\.(?=\w)", "", text)
     text = re.sub(r"~?ntkbook\.\w+\.Own\b", owner.rpartition(".")[0], text)
     return re.sub(r"~?ntkbook\.(?!likelihoods\b|operators\b)[a-z_]+\.(?=\w)", "", text)
 
