@@ -132,9 +132,9 @@ def require_double(device: torch.device | str, dtype: torch.dtype) -> None:
     """Raise ValueError where dtype is torch.float64 and the device, such as Apple's MPS, has none."""
     if dtype != torch.float64 or torch.device(device).type in ("cpu", "cuda"):
         return
-    torch.empty(0, dtype=torch.float32, device=device) + 1  # what fails here has nothing to do with the dtype
+    torch.empty(0, dtype=torch.float32, device=device).neg()  # what fails here has nothing to do with the dtype
     try:
-        torch.empty(0, dtype=dtype, device=device) + 1
+        torch.empty(0, dtype=dtype, device=device).neg()
     except (TypeError, RuntimeError) as error:
         raise ValueError(
             f"device: {device} has no {dtype}, in which NTKGP computes unless told otherwise: pass "

@@ -201,7 +201,7 @@ def test_a_posterior_moves_to_another_precision_without_a_factorisation(name, mo
 
 
 def test_directions_that_rounding_hides_keep_their_prior_variance():
-    posterior = MAKERS["many patterns"]()  # whose smallest eigenvalue is 1e-13 of the largest
+    posterior = MAKERS["many patterns"]()  # whose smallest eigenvalues are below float32
     x = X_STAR[:, :1] / 3
     want, plain = posterior.variance(x), Movable.to(posterior, dtype=torch.float32)
     got = posterior.to(dtype=torch.float32).variance(x.float()).double()
