@@ -41,8 +41,9 @@ class Nystrom:
         max_iterations: of conjugate gradients, all restarts together; each takes two products with the data.
         rank: landmarks, at most.
         pool: observed values, drawn at random, that the landmarks are chosen from. Their Gram matrix is formed.
-        slack: enough of the trace that is left outside the landmarks' space (see `Landmarks`); fewer than `rank` do
-            then, and where rounding leaves more, no more are taken.
+        slack: enough of the trace that is left outside the landmarks' space, which bounds all errors, as
+            `ntkbook.nystrom.Landmarks` derives; fewer than `rank` do then, and where rounding leaves more, no more
+            are taken.
         seed: of the pool.
     """
 
