@@ -201,9 +201,6 @@ def test_the_reference_has_every_public_name_and_every_reference_to_one_resolves
     assert {"ntkbook.NTKGP.to", "ntkbook.Posterior.mean", "ntkbook.likelihoods.Poisson"} <= documented
     signature = reference.find(id="ntkbook.Linearization.vjp").get_text()
     assert 'Float[Tensor, "p k"]' in signature.replace("'", '"')
-    nystrom = reference.find(id="ntkbook.Nystrom")
-    assert nystrom is not None
-    assert 'href="api.html#ntkbook.Nystrom"' in (pages / "book" / "04_malaria.html").read_text("utf8")
 
 
 def test_a_reference_to_a_name_that_is_not_there_fails_the_build(toybook, tmp_path):

@@ -13,8 +13,8 @@ PAGE = (Path(__file__).parents[1] / "book" / "api.md").read_text("utf8")
 @pytest.mark.parametrize(
     ("line", "want"),
     [
-        ("as `NTKGP.fit` does", "as :py:obj:`NTKGP.fit` does"),
-        ("two `Posterior`s", "two :py:obj:`Posterior`\\ s"),
+        ("as `NTKGP.fit` does", "as :py:obj:`NTKGP.fit <ntkbook.NTKGP.fit>` does"),
+        ("two `Posterior`s", "two :py:obj:`Posterior <ntkbook.Posterior>`\\ s"),
         ("`a @ b`, `x=` and `[1]`", "``a @ b``, ``x=`` and ``[1]``"),
         ("|x|² and (n, *shape)", "\\|x\\|² and (n, \\*shape)"),
         ("noise_ and a_b", "noise\\_ and a_b"),
@@ -32,12 +32,12 @@ def test_code_over_two_lines_stays_code():
 
 
 def test_two_entries_on_a_line_become_two():
-    lines = ["Args:", "    x: (n, ...); y: (n,). more: 1; 2.", "        noise: 3; seed: 4", "In text: a; b: c."]
+    lines = ["Args:", "    x: (n, ...); y: (n,). more: 1; 2;", "        noise: 3; seed: 4", "In text: a; b: c."]
     want = [
         "Args:",
         "    x: (n, ...)",
         "    y: (n,).",
-        "    more: 1; 2.",
+        "    more: 1; 2;",
         "        noise: 3; seed: 4",
         "In text: a; b: c.",
     ]

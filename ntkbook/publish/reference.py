@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+import ntkbook
+
 NAME = re.compile(r"[A-Za-z_][\w.]*")
 
 
@@ -34,7 +36,8 @@ def restructured(lines: list[str]) -> list[str]:
 def _entries(line: str) -> list[str]:
     if not re.match(r" {4}\w+: ", line):
         return [line]
-    return ["    " + entry.strip().removesuffix(";") for entry in re.split(r"(?<=[;.]) (?=[a-z]\w*: )", line)]
+    *before, last = re.split(r"(?<=[;.]) (?=[a-z]\w*: )", line.strip())
+    return ["    " + entry for entry in [*(entry.removesuffix(";") for entry in before), last]]
 
 
 def _escaped(text: str) -> str:
@@ -45,7 +48,9 @@ def _escaped(text: str) -> str:
             parts[i] = re.sub(r"[\\|*]|(?<=\w)_(?!\w)", r"\\\g<0>", part)
             continue
         code = " ".join(part.split())
-        parts[i] = f":py:obj:`{code}`" if NAME.fullmatch(code) else f"``{code}``"
+        public = code.split(".")[0] in ntkbook.__all__  # also where another module's docstring names it
+        target = f"{code} <ntkbook.{code}>" if public else code
+        parts[i] = f":py:obj:`{target}`" if NAME.fullmatch(code) else f"``{code}``"
         if re.match(r"\w", parts[i + 1]):  # as in the plural of a name
             parts[i] += "\\ "
     return "".join(parts)
