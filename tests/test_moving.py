@@ -22,6 +22,7 @@ from ntkbook import (
     Nystrom,
     TaskHyperparameters,
 )
+from ntkbook.moving import Movable
 
 ROOT = Path(__file__).parents[1]
 
