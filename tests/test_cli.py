@@ -1,11 +1,18 @@
 """The command line, as a user meets it."""
 
+import contextlib
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+
+from ntkbook.publish import notebooks
 
 
 def ntkbook(*arguments, cwd, code="from ntkbook.publish.cli import main; main()", **environment):
@@ -15,7 +22,9 @@ def ntkbook(*arguments, cwd, code="from ntkbook.publish.cli import main; main()"
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["", "run", "store", "html", "book", "claims", "data status", "data fetch"])
+@pytest.mark.parametrize(
+    "command", ["", "run", "store", "html", "book", "claims", "compare", "data status", "data fetch"]
+)
 def test_everything_has_help(command, toybook):
     done = ntkbook(*command.split(), "--help", cwd=toybook)
     assert done.returncode == 0, done.stderr
@@ -44,10 +53,68 @@ def test_a_run_says_where_its_results_are(toybook):
 
 
 def test_claims_as_json_and_markdown(toybook):
-    rows = json.loads(ntkbook("claims", "--json", cwd=toybook).stdout)
-    assert all(row["record"] is None for row in rows)  # the toy book has none of the real chapters
-    assert {"id", "criterion", "sentence"} <= {*rows[0], "criterion"}
+    found = json.loads(ntkbook("claims", "--json", cwd=toybook).stdout)
+    rows = found["claims"]
+    assert {row["verdict"] for row in rows} == {"not evaluated"}  # the toy book has none of the real chapters
+    assert {"id", "place", "criterion", "value", "data", "hardware", "link"} <= rows[0].keys()
+    assert found["summary"] == f"0 of {len(rows)} claims are reproduced"
+    assert ntkbook("claims", cwd=toybook).stdout.endswith(f"\n{found['summary']}.\n")
     assert ntkbook("claims", "--markdown", cwd=toybook).stdout.startswith("| claim |")
+
+
+def test_run_lists_chapters_and_parameters_and_runs_nothing(toybook):
+    assert "01_toy        A toy chapter  cpu, quick" in ntkbook("run", "--list", cwd=toybook).stdout
+    assert "size: int = 50\n    draws\n    quick: 5\n" in ntkbook("run", "--help-chapter", "01", cwd=toybook).stdout
+    assert ntkbook("run", "--help-chapter", "2", cwd=toybook).stderr.startswith("ntkbook: no chapter '2'; there are")
+
+
+def test_compare_two_runs(toybook):
+    done = ntkbook("compare", "1/stored", "quick", cwd=toybook)
+    assert re.search(r"parameters size +50 +5\n", done.stdout), done
+    found = json.loads(ntkbook("compare", "01_toy/stored", "quick", "--json", cwd=toybook).stdout)
+    assert found["parameters"]["size"] == [50, 5]
+    assert "no run '1/x'; there are 01_toy/" in ntkbook("compare", "1/x", "quick", cwd=toybook).stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent to a process group")
+def test_after_ctrl_c_the_same_command_goes_on(toybook, tmp_path):
+    """What ran is kept and told; the next run begins with the chapter that was interrupted."""
+    root = shutil.copytree(toybook, tmp_path / "book")
+    chapter = root / "book" / "07_scorecard.md"
+    wait = "import pathlib, time\nwhile not pathlib.Path('go').exists(): time.sleep(0.1)"
+    chapter.write_text(chapter.read_text("utf8") + f"\n```{{code-cell}} ipython3\n{wait}\n```\n", "utf8")
+    # Jobs in the background of a shell ignore Ctrl-C, and so would their children.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    arguments = [
+        sys.executable,
+        "-c",
+        f"{heed}from ntkbook.publish.cli import main; main()",
+        "run",
+        "--profile",
+        "quick",
+    ]
+    running = subprocess.Popen(arguments, cwd=root, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    folder = root / "runs" / "07_scorecard" / "quick"
+    cells, end = [], time.monotonic() + 600
+    while not (cells and cells[-1].metadata.papermill.status == "running"):
+        assert time.monotonic() < end, "it did not happen"
+        assert running.poll() is None
+        time.sleep(0.2)
+        with contextlib.suppress(OSError, ValueError):  # it is being written
+            cells = notebooks.read(folder / "notebook.ipynb").cells
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    told = running.communicate(timeout=300)[1]
+    assert running.returncode == 130, told
+    assert "Traceback" not in told
+    assert (
+        "ntkbook: interrupted in 07_scorecard: what it had done is in runs/07_scorecard/quick; 1 of 2 chapters" in told
+    )
+    assert json.loads((folder / "card.json").read_text("utf8"))["status"] == "interrupted"
+    assert any(cell.get("outputs") for cell in notebooks.read(folder / "notebook.ipynb").cells)
+    (root / "book" / "go").touch()
+    again = ntkbook("run", "--profile", "quick", cwd=root)
+    assert "01_toy: fresh" in again.stdout
+    assert "07_scorecard: done" in again.stdout
 
 
 def test_data_status_needs_no_network(toybook):
@@ -66,11 +133,25 @@ def test_data_fetch_offline_names_address_and_folder(toybook, tmp_path):
         assert done.returncode == 1
         assert "kmnist: 2 of 2 files are not on this machine" in done.stderr
         assert "md5:5c965bf0a639b31b8f53240b1b52f4d7" in done.stderr
+        first, second = done.stdout.splitlines()  # before anything is tried
+        assert first == "kmnist: 2 of 2 files are missing, about 4.4 MB to download, about 4.4 MB of disk needed"
+        assert re.fullmatch(r"[\d,]+ MB are free at .*/KMNIST/raw", second)
 
 
-def test_without_the_book_extra_it_says_what_to_install(tmp_path):
-    code = "import sys; sys.modules['papermill'] = None; from ntkbook.publish.cli import main; main()"
+@pytest.mark.parametrize("missing", ["papermill", "typer", "yaml"])
+def test_without_the_book_extra_it_says_what_to_install(missing, tmp_path):
+    code = f"import sys; sys.modules[{missing!r}] = None; from ntkbook.publish.cli import main; main()"
     done = ntkbook(cwd=tmp_path, code=code)
     assert done.returncode == 1
-    assert "needs the book extra" in done.stderr
+    assert f"needs the book extra ({missing} is not installed)" in done.stderr
     assert "pip install 'ntkbook[book]'" in done.stderr
+
+
+@pytest.mark.parametrize(("missing", "command"), [("jupytext", "run --list"), ("pooch", "data status")])
+def test_with_a_part_of_the_extra_it_says_so_too(missing, command, toybook):
+    code = f"import sys; sys.modules[{missing!r}] = None; from ntkbook.publish.cli import main; main()"
+    done = ntkbook(*command.split(), cwd=toybook, code=code)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"ntkbook: {missing} is not installed; it comes with the book extra: pip install 'ntkbook[book]'"
+    )

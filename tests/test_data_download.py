@@ -4,7 +4,9 @@ import gzip
 import hashlib
 import json
 import random
+import shutil
 import socket
+from types import SimpleNamespace
 
 import pytest
 from data_server import serve
@@ -149,3 +151,20 @@ def test_without_a_server_one_attempt_tells_for_all(tmp_path):
     reasons = list(error.value.failed.values())
     assert len(reasons) == 20
     assert sum("not tried" in reason for reason in reasons) >= 20 - module.CONNECTIONS
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_downloaded(tmp_path, monkeypatch):
+    with serve({"/a": b"x" * 100}) as server:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000_000))
+        whole = Job(f"{server.url}/a", tmp_path / "a", None, 6_000_000)
+        with pytest.raises(DownloadError, match=r"1 files need about 6 MB of disk, and 5 MB are free at .*Make room"):
+            download([whole], tmp_path, progress=False)
+        packed = Job(f"{server.url}/a", tmp_path / "a", None, 3_000_000, ("b",))  # there with its files for a moment
+        with pytest.raises(DownloadError, match="need about 7 MB"):
+            download([packed], tmp_path, progress=False)
+        assert server.requests == []
+        (tmp_path / "a.part").write_bytes(b"x" * 1_500_000)  # what is here already needs no room
+        assert whole.bytes_to_download() == 4_500_000
+        (tmp_path / "a.part").unlink()
+        download([Job(f"{server.url}/a", tmp_path / "a", None, 4_000_000)], tmp_path, progress=False)
+        assert (tmp_path / "a").read_bytes() == b"x" * 100

@@ -102,6 +102,19 @@ def test_fetch_gets_the_stations_asked_for(cache, monkeypatch):
     assert sources.fetch("seattle") == []
 
 
+def test_what_a_fetch_needs_is_known_before(cache):
+    put(cache)
+    need = sources.need("precipitation", [PANA[:11], "USW00094728"])
+    assert (need.missing, need.wanted, need.bytes_to_download, need.bytes_on_disk) == (1, 2, 600_000, 600_000)
+    assert need.bytes_free > 0
+    assert need.folder == str(cache / "ghcnd" / "by_station")
+    packed = sources.need("cifar10")
+    assert (packed.missing, packed.bytes_to_download) == (6, 170_052_171)
+    assert packed.bytes_on_disk > 170_052_171 + 6 * 30_730_000  # the archive, and the files that come out of it
+    assert sources.need("sinusoids").missing == 0
+    assert not (cache / "cifar-10-batches-bin").exists()
+
+
 def test_fetch_of_something_unknown():
     with pytest.raises(ValueError, match=r"expected one of the data sets sinusoids, .*; got 'rain'"):
         sources.fetch("rain")

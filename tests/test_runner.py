@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ntkbook.publish import notebooks, runner
-from ntkbook.publish.parameters import ParameterError, check_parameters, declared
+from ntkbook.publish.parameters import ParameterError, _fits, check_parameters, declared
 
 
 @pytest.fixture
@@ -62,11 +62,41 @@ def test_good_parameters(toybook, good):
         ({"fail": "true"}, "'fail' is bool"),
         ({"sizes": [1, "a"]}, r"'sizes' is list\[int\]"),
         ({"scale": None}, "'scale' is float"),
+        ({"scale": "1e-3"}, r"'scale' is float, got '1e-3' \(str\); YAML takes 1e-3 for text, write 0.001"),
     ],
 )
 def test_bad_parameters(toybook, bad, message):
     with pytest.raises(ParameterError, match=message):
         runner.run(toybook, ["01"], parameters=bad, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("int | None", [1, None], ["1", 1.0]),
+        ("list[int | str]", [[], [1, "a"]], [[1.5], [None], 1]),
+        ("list[list[float]]", [[[1, 0.5]]], [[1], [["a"]], [[True]]]),
+        ("dict[str, int]", [{}, {"a": 1}], [{"a": "b"}, {1: 1}, [1]]),
+        ("Literal['a']", ["a", "b"], []),  # for the chapter's own code to check
+    ],
+)
+def test_types_inside_types(kind, good, bad):
+    assert all(_fits(value, kind) for value in good)
+    assert not any(_fits(value, kind) for value in bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("01_toy: {sise: 3}", r"profiles/quick\.yml: 01_toy has no parameter 'sise'; did you mean size"),
+        ("01_toy: {size: many}", r"profiles/quick\.yml: 01_toy: parameter 'size' is int, got 'many' \(str\)"),
+        ("01_toyy: {size: 3}", r"profiles/quick\.yml: no chapter '01_toyy'; did you mean 01_toy\?"),
+    ],
+)
+def test_mistakes_in_a_profile_name_its_file(copied, text, message):
+    (copied / "profiles" / "quick.yml").write_text(text, "utf8")
+    with pytest.raises(ValueError, match=message):
+        runner.run(copied, ["01"], profile="quick", progress=False)
 
 
 def test_no_gpu_is_an_error_before_the_run(toybook, monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,8 @@ try:
     import typer
     import yaml
 
-    from ntkbook.publish import runner, scorecard, site
+    from ntkbook.publish import compare as comparison
+    from ntkbook.publish import listing, runner, scorecard, site
 except ImportError as missing:
     raise SystemExit(
         f"ntkbook's command line needs the book extra ({missing.name} is not installed): pip install 'ntkbook[book]'"
@@ -43,8 +43,16 @@ def run(
     ] = 0,
     force: Force = False,
     quiet: Quiet = False,
+    list_chapters: Annotated[bool, typer.Option("--list", help="List the chapters and their profiles.")] = False,
+    help_chapter: Annotated[
+        str, typer.Option(help="Show a chapter's parameters: types, defaults, what they are, and what profiles change.")
+    ] = "",
 ) -> None:
     """Run chapters into runs/<chapter>/<profile or hash of parameters>/.
+
+    There, beside the executed notebook, are claims.json, card.json, and the chapter's figures/ (SVG and PNG) and
+    tables/ (CSV and Parquet). What has not changed is not run again. After Ctrl-C the same command goes on with the
+    chapter that was interrupted, from its start.
 
     A sweep's file has a grid ({seed: [0, 1], n_sources: [5, 10]}: every combination), jobs (a list such as
     [{seed: 7}]), or both, and what they share as base ({epochs: 100}). Each job runs into
@@ -55,6 +63,10 @@ def run(
     ntkbook, Python and lock, and one thread; on a machine with several GPUs start one worker a GPU, each with its own
     CUDA_VISIBLE_DEVICES. Without it, workers share this machine's cores, and each gets one GPU if the device is cuda.
     """
+    if list_chapters or help_chapter:
+        root = runner.find_root()
+        print(listing.parameters_text(root, help_chapter) if help_chapter else listing.chapters_text(root))
+        return
     values = yaml.safe_load(params) or {}
     if not isinstance(values, dict):
         raise ValueError(f"--params: expected YAML such as 'seed: 3', got {params!r}")
@@ -105,12 +117,31 @@ def claims(
     if readme:
         scorecard.write_readme(root / "README.md", rows)
     elif as_json:
-        records: list[dict[str, Any]] = [
-            {**asdict(claim), "record": asdict(result) if result else None} for claim, result in rows
-        ]
-        print(json.dumps(records, indent=2, ensure_ascii=False))
+        _print_json(listing.claims_data(root))
+    elif markdown:
+        print(scorecard.as_markdown(rows))
     else:
-        print(scorecard.as_markdown(rows) if markdown else scorecard.as_text(rows))
+        print(f"{scorecard.as_text(rows)}\n{listing.reproduced(rows)}.")
+
+
+@app.command()
+def compare(
+    one: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or such as 03/quick, 03/cpu, 03/stored.")],
+    two: Annotated[str, typer.Argument(metavar="RUN", help="Another; its name alone if of the same chapter.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show what changed between two runs of a chapter: parameters, versions, data, claims, times.
+
+    A run is a folder with a card.json, or CHAPTER/NAME with a folder's name in runs/<chapter>/, or CHAPTER/stored for
+    the run that the book shows.
+    """
+    root = runner.find_root()
+    first = comparison.find(root, one)
+    second = comparison.find(root, two, first.card["chapter"])
+    if as_json:
+        _print_json(comparison.compare(first, second))
+    else:
+        print(comparison.as_text(first, second))
 
 
 @data.command()
@@ -130,10 +161,17 @@ def fetch(
     stations: Annotated[str, typer.Option(help="For precipitation: midwest or all.")] = "midwest",
     quiet: Quiet = False,
 ) -> None:
-    """Download what is missing of a data set, with a progress bar; what is here is kept."""
+    """Say how much is to come and what room it needs; download what is missing, with a progress bar."""
     from ntkbook.experiments.data import sources
 
-    paths = sources.fetch(name, stations=stations if name == "precipitation" else None, progress=not quiet)
+    wanted = stations if name == "precipitation" else None
+    need = sources.need(name, stations=wanted)
+    if need.missing:
+        size = f"about {_mb(need.bytes_to_download)} to download" if need.bytes_to_download else "of unknown size"
+        room = f", about {_mb(need.bytes_on_disk)} of disk needed" if need.bytes_on_disk else ""
+        print(f"{name}: {need.missing} of {need.wanted} files are missing, {size}{room}")
+        print(f"{_mb(need.bytes_free)} are free at {need.folder}", flush=True)
+    paths = sources.fetch(name, stations=wanted, progress=not quiet)
     print(f"{name}: {len(paths)} files are here")
 
 
@@ -159,6 +197,14 @@ def _run_sweep(
     return results
 
 
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e7 else f"{size / 1e6:,.0f} MB"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
 def _exit_if_failed(results: list[runner.Result]) -> None:
     failed = [result for result in results if result.status == "failed"]
     if failed:
@@ -170,6 +216,11 @@ def main() -> None:
     """Entry point: errors that a user can mend are shown as one message, without a traceback."""
     try:
         app()
+    except runner.Interrupted as stopped:
+        print(f"\nntkbook: {stopped}", file=sys.stderr)
+        sys.exit(130)  # as shells do
+    except ModuleNotFoundError as missing:
+        sys.exit(f"ntkbook: {missing.name} is not installed; it comes with the book extra: pip install 'ntkbook[book]'")
     except (ValueError, OSError, site.BuildError) as error:
         sys.exit(f"ntkbook: {error}")
 

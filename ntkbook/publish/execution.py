@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.utils import remove_args
 
 from ntkbook.publish import notebooks
+from ntkbook.publish.results import FOLDER
 
 _PEAK = "__import__('resource').getrusage(0).ru_maxrss"  # KiB on Linux, bytes on macOS, not there on Windows
 
@@ -38,12 +40,13 @@ class _Engine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, **kwargs: Any
+        cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, results: str = "", **kwargs: Any
     ) -> Any:
         kwargs = remove_args(["input_path", "log_output", "stdout_file", "stderr_file"], **kwargs)
         kwargs |= {"kernel_name": kernel_name, "startup_timeout": start_timeout}
-        # ipykernel tells at every start that its local sockets are not encrypted.
-        return _Client(nb_man, extra_arguments=["--IPKernelApp.log_level=40"], **kwargs).execute()
+        # ipykernel warns at every start that its local sockets are not encrypted, and tells of errors when interrupted.
+        client = _Client(nb_man, extra_arguments=["--IPKernelApp.log_level=50"], **kwargs)
+        return client.execute(env={**os.environ, FOLDER: results})
 
 
 papermill_engines.register("ntkbook", _Engine)
@@ -52,11 +55,13 @@ papermill_engines.register("ntkbook", _Engine)
 def execute(
     nb: Any, output: Path, values: dict[str, Any], *, cwd: Path, name: str, progress: bool = True
 ) -> float | None:
-    """Execute a notebook into ``output``, which is written even when a cell fails, up to that cell.
+    """Execute a notebook into ``output``, which is written after every cell, so that it is there when one fails.
+
+    Figures and tables go beside it: `ntkbook.publish.results`.
 
     Args:
         nb: the chapter without outputs.
-        output: where the executed notebook goes.
+        output: where the executed notebook goes; an absolute path.
         values: parameters to inject; nothing is injected when empty.
         cwd: the kernel's folder.
         name: the chapter, for the progress bar and messages.
@@ -75,7 +80,10 @@ def execute(
     bar = bar if progress else False
     _Client.peak_mib = None
     try:
-        execute_notebook(bare, output, values, engine_name="ntkbook", kernel_name="python3", cwd=cwd, progress_bar=bar)
+        execute_notebook(
+            bare, output, values, engine_name="ntkbook", kernel_name="python3", cwd=cwd, progress_bar=bar,
+            results=str(output.parent),
+        )  # fmt: skip
     except PapermillExecutionError as failure:
         first = (failure.source.strip().splitlines() or [""])[0]
         where = f"cell {failure.cell_index + 1} (In [{failure.exec_count}]), which starts with: {first}"

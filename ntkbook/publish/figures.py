@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from ntkbook.publish.claims import STAND_INS, Bundle
+from ntkbook.publish.results import keep_figure, keep_table
 
 _COORDINATES = re.compile(r'(?<=\s)(?:d|x|y)="[^"]*"')
 _DIGITS = re.compile(r"(\.\d\d)\d+")
@@ -167,15 +168,23 @@ def metric_table(
         An object shown as an HTML table, or as plain text.
     """
     texts = {key: {name: _number(value) for name, value in row.items()} for key, row in rows.items()}
-    return text_table(texts, profile, caption, head=head)
+    return _table(texts, rows, profile, caption, head)
 
 
 def text_table(
     rows: Mapping[str, Mapping[str, str]], profile: str = "cpu", caption: str = "", *, head: str = "method"
 ) -> Any:
     """A table as `metric_table` makes it, of texts that are shown as they are."""
+    return _table(rows, rows, profile, caption, head)
+
+
+def _table(
+    rows: Mapping[str, Mapping[str, str]], kept: Mapping[str, Mapping[str, Any]], profile: str, caption: str, head: str
+) -> Any:
+    """A table of texts; ``kept`` is what a run keeps of it, numbers as they are."""
     metrics = list(dict.fromkeys(name for row in rows.values() for name in row))
     caption += " (quick)" if profile == "quick" else ""
+    keep_table({METHOD[key].label if key in METHOD else key: row for key, row in kept.items()}, head, caption)
     names = "".join(f"<th>{html.escape(name)}</th>" for name in [head, *metrics])
     body, plain = "", [" | ".join([head, *metrics])]
     for key, row in rows.items():
@@ -219,7 +228,9 @@ def svg(figure: Figure) -> str:
         figure.savefig(text, format="svg", metadata=SVG_METADATA, bbox_inches="tight")
         lines = text.getvalue()
     rounded = _COORDINATES.sub(lambda found: _DIGITS.sub(r"\1", found[0]), lines)
-    return re.sub(r"\s*\n\s*", " ", rounded).strip()
+    text = re.sub(r"\s*\n\s*", " ", rounded).strip()
+    keep_figure(figure, text)
+    return text
 
 
 def _number(value: Any) -> str:

@@ -1,4 +1,5 @@
-"""Checking parameters before a run: papermill itself only warns of an unknown name, and never looks at types."""
+"""A chapter's parameters, and checking them before a run: papermill itself only warns of an unknown name, and never
+looks at types."""
 
 import ast
 import contextlib
@@ -6,6 +7,7 @@ import difflib
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 KINDS: dict[str, tuple[type, ...]] = {
@@ -22,6 +24,16 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 class ParameterError(ValueError):
     """A parameter that the chapter does not have, or a value of another type than the chapter declares."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a chapter's parameters cell: its name, type, default as Python writes it, and comment."""
+
+    name: str
+    kind: str
+    default: str
+    comment: str
 
 
 def check_parameters(nb: Any, values: Mapping[str, Any], chapter: str) -> None:
@@ -47,12 +59,17 @@ def check_parameters(nb: Any, values: Mapping[str, Any], chapter: str) -> None:
         if not _fits(value, kind):
             raise ParameterError(
                 f"{chapter}: parameter {name!r} is {kind}, got {value!r} ({type(value).__name__}); "
-                "write values as YAML, such as 'seed: 3'"
+                + _hint(value, kind)
             )
 
 
 def declared(nb: Any) -> dict[str, str]:
     """The chapter's parameters and their types: as annotated, else the type of the default."""
+    return {parameter.name: parameter.kind for parameter in parameters(nb)}
+
+
+def parameters(nb: Any) -> list[Parameter]:
+    """The chapter's parameters, in the order of its parameters cell."""
     import nbformat
     from papermill import inspect_notebook
 
@@ -60,7 +77,10 @@ def declared(nb: Any) -> dict[str, str]:
         path = os.path.join(folder, "chapter.ipynb")
         nbformat.write(nb, path)
         found = inspect_notebook(path)
-    return {name: _kind(p["inferred_type_name"], p["default"]) for name, p in found.items()}
+    return [
+        Parameter(name, _kind(p["inferred_type_name"], p["default"]), p["default"], p["help"])
+        for name, p in found.items()
+    ]
 
 
 def _kind(annotation: str | None, default: str) -> str:
@@ -71,19 +91,40 @@ def _kind(annotation: str | None, default: str) -> str:
     return "anything"
 
 
+def _hint(value: Any, kind: str) -> str:
+    if isinstance(value, str) and "float" in kind:
+        with contextlib.suppress(ValueError):
+            return f"YAML takes {value} for text, write {float(value)!r}"  # it wants a point: 1.0e-3
+    return "write values as YAML, such as 'seed: 3'"
+
+
 def _fits(value: Any, kind: str) -> bool:
-    options = [option.strip() for option in kind.split("|")]
-    return any(_fits_one(value, option) for option in options)
+    try:
+        return _fits_type(value, ast.parse(kind, mode="eval").body)
+    except SyntaxError:
+        return True
 
 
-def _fits_one(value: Any, kind: str) -> bool:
-    base, _, inner = kind.partition("[")
+def _fits_type(value: Any, kind: ast.expr) -> bool:
+    match kind:
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _fits_type(value, left) or _fits_type(value, right)
+        case ast.Subscript(value=ast.Name(id=base), slice=inner):
+            items = inner
+        case ast.Name(id=base):
+            items = None
+        case ast.Constant(value=None):
+            return value is None
+        case _:
+            return True
     if base not in KINDS:
         return True  # a type of the chapter's own: its code must check it
     if isinstance(value, bool) and base != "bool":
         return False
     if not isinstance(value, KINDS[base]):
         return False
-    if isinstance(value, list) and base == "list" and inner:
-        return all(_fits(item, inner.removesuffix("]")) for item in value)
+    if isinstance(value, list) and base == "list" and items:
+        return all(_fits_type(item, items) for item in value)
+    if isinstance(value, dict) and isinstance(items, ast.Tuple):
+        return all(_fits_type(item, kind) for pair in value.items() for item, kind in zip(pair, items.elts))
     return True

@@ -1,5 +1,6 @@
 """Running chapters: profiles, parameters, results in ``runs/``, and the stored notebooks in ``book/``."""
 
+import difflib
 import hashlib
 import json
 import os
@@ -16,18 +17,24 @@ from typing import Any
 
 import yaml
 
+from ntkbook.publish import results
 from ntkbook.publish.claims import collect, collect_data
 from ntkbook.publish.parameters import ParameterError, check_parameters
 
 PACKAGES = ("ntkbook", "torch", "gpytorch", "linear_operator", "botorch", "numpy", "matplotlib", "papermill")
 NOT_IN_A_CHAPTER = {  # of publish: they only run it
-    "runner.py", "site.py", "cli.py", "execution.py", "parameters.py", "sweep.py", "cluster.py",
+    "runner.py", "site.py", "cli.py", "execution.py", "parameters.py", "sweep.py", "cluster.py", "compare.py",
+    "listing.py", "results.py",
 }  # fmt: skip
+
+
+class Interrupted(Exception):
+    """Ctrl-C while chapters ran; the message says what is kept, and what the same command does next."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """How the run of one chapter ended. ``status`` is done, fresh (nothing had changed) or failed."""
+    """How the run of one chapter ended. ``status`` is done, fresh (nothing had changed), failed or interrupted."""
 
     chapter: str
     folder: Path
@@ -38,7 +45,7 @@ class Result:
 
     @property
     def notebook(self) -> Path:
-        """The executed notebook; after a failure up to the cell that failed."""
+        """The executed notebook; up to the cell that failed, or in which the run was interrupted."""
         return self.folder / "notebook.ipynb"
 
     @property
@@ -87,7 +94,12 @@ def profile_parameters(root: Path, profile: str, chapter: str) -> dict[str, Any]
     if not path.exists():
         known = ["cpu", *sorted(p.stem for p in path.parent.glob("*.yml"))]
         raise ValueError(f"no profile {profile!r}; there are {', '.join(known)}")
-    return {"profile": profile, **((yaml.safe_load(path.read_text("utf8")) or {}).get(chapter) or {})}
+    changes, known = yaml.safe_load(path.read_text("utf8")) or {}, chapters(root)
+    for name in changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1) or known
+            raise ValueError(f"profiles/{profile}.yml: no chapter {name!r}; did you mean {' or '.join(near)}?")
+    return {"profile": profile, **(changes.get(chapter) or {})}
 
 
 def run(
@@ -113,20 +125,29 @@ def run(
 
     Raises:
         ValueError, ParameterError: an unknown chapter, profile or parameter, or one of the wrong type, before any run.
+        Interrupted: Ctrl-C. Chapters that were done are kept and fresh. The one that ran is kept up to its last whole
+            cell, but run from its start again: what its cells made lives in the kernel's memory alone.
     """
     from tqdm import tqdm
 
     names = select(root, wanted)
     plans = [(name, _plan(root, name, profile, dict(parameters or {}))) for name in names]
-    results = []
+    done: list[Result] = []
     with tqdm(plans, desc="chapters", unit="chapter", file=sys.stderr, disable=not progress, ncols=90) as bar:
         for name, (nb, values) in bar:
             folder = root / "runs" / name / (run_key(profile, values) if parameters else profile)
-            results.append(run_one(root, name, nb, profile, values, folder, force=force, progress=progress))
+            try:
+                done.append(run_one(root, name, nb, profile, values, folder, force=force, progress=progress))
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"interrupted in {name}: what it had done is in {folder.relative_to(root)}; {len(done)} of "
+                    f"{len(plans)} chapters were done before and are kept; the same command goes on with {name}, from "
+                    "its start" + (" (without --force, which runs all again)" if force else "")
+                ) from None
             if after:
-                after(results[-1])
-            tqdm.write(results[-1].line, file=sys.stderr)
-    return results
+                after(done[-1])
+            tqdm.write(done[-1].line, file=sys.stderr)
+    return done
 
 
 def store(root: Path, wanted: Iterable[str] = (), *, force: bool = False, progress: bool = True) -> list[Result]:
@@ -183,10 +204,17 @@ def check_device(values: Mapping[str, Any], name: str) -> None:
 
 def _plan(root: Path, name: str, profile: str, extra: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     nb = bare_notebook(root, name)
-    values = {**profile_parameters(root, profile, name), **extra}
+    values = {**checked_profile(root, profile, name, nb), **extra}
     check_parameters(nb, values, name)
     check_device(values, name)
     return nb, values
+
+
+def checked_profile(root: Path, profile: str, name: str, nb: Any) -> dict[str, Any]:
+    """`profile_parameters`; ParameterError naming the profile's file where they do not fit the chapter."""
+    values = profile_parameters(root, profile, name)
+    check_parameters(nb, values, f"profiles/{profile}.yml: {name}")
+    return values
 
 
 def run_key(profile: str, values: Mapping[str, Any]) -> str:
@@ -211,10 +239,13 @@ def run_one(
     Args:
         root, name, nb: the book's folder, the chapter and its bare notebook.
         profile, values: the profile's name and all overrides, its own among them.
-        folder: gets ``notebook.ipynb``, ``card.json`` and ``claims.json``.
+        folder: gets ``notebook.ipynb``, ``card.json``, ``claims.json``, and the chapter's ``figures`` and ``tables``.
         force: run even what has not changed.
         progress: a bar over cells on standard error.
         label: what messages call it; the chapter's name unless given.
+
+    Raises:
+        KeyboardInterrupt: after writing card and claims of what was done until then.
     """
     from ntkbook.publish.execution import ChapterError, execute
 
@@ -224,19 +255,27 @@ def run_one(
     folder.mkdir(parents=True, exist_ok=True)
     for old in ("card.json", "claims.json", "notebook.ipynb"):
         (folder / old).unlink(missing_ok=True)
+    results.clear(folder)
     notebook = folder / "notebook.ipynb"
-    start, error, peak = time.monotonic(), "", None
+    start, status, error, peak = time.monotonic(), "interrupted", "", None
     try:
         peak = execute(nb, notebook, values, cwd=root / "book", name=label or name, progress=progress)
+        status = "done"
     except ChapterError as failure:
-        error = str(failure)
-    seconds = time.monotonic() - start
-    result = Result(name, folder, "failed" if error else "done", seconds, peak, error)
+        status, error = "failed", str(failure)
+    finally:
+        result = Result(name, folder, status, time.monotonic() - start, peak, error)
+        _describe(root, result, profile, values, mark)
+    return result
+
+
+def _describe(root: Path, result: Result, profile: str, values: dict[str, Any], mark: str) -> None:
+    """Write a run's claims and card."""
+    folder, notebook = result.folder, result.notebook
     if notebook.exists():
         (folder / "claims.json").write_text(_json({k: asdict(v) for k, v in collect(notebook).items()}), "utf8")
     card = run_card(root, result, profile, values, collect_data(notebook) if notebook.exists() else {})
     (folder / "card.json").write_text(_json({**card, "fingerprint": mark}), "utf8")
-    return result
 
 
 def run_card(root: Path, result: Result, profile: str, values: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:

@@ -211,11 +211,12 @@ def _plan(
 ) -> list[Job]:
     base, owns = read_sweep(path)
     folder, jobs = root / "runs" / name / f"sweep-{path.stem}", {}
+    given = runner.checked_profile(root, profile, name, nb)
     for own in owns:
         twice = sorted(own.keys() & extra.keys())
         if twice:
             raise ParameterError(f"{twice[0]!r} is given by --params and by a job of {path}; take it out of one")
-        values = {**runner.profile_parameters(root, profile, name), **base, **own, **extra}
+        values = {**given, **base, **own, **extra}
         check_parameters(nb, values, name)
         device = str(values.get("device", ""))
         if device.startswith("cuda:"):

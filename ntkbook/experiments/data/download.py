@@ -30,6 +30,7 @@ ATTEMPTS = 4  # a file, while the server answers
 PAUSE = 0.5  # seconds before the second attempt, then doubled
 TIMEOUT = (5, 30)  # seconds to connect, and between two pieces of an answer
 BUSY = {429, 500, 502, 503, 504}
+UNPACKED = 1.2  # bytes that an archive's files take for each of its own: those here are images, which hardly shrink
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class Job:
     def is_done(self) -> bool:
         """True where all that this is to bring is on disk."""
         return all((self.target.parent / name).is_file() for name in self.members or (self.target.name,))
+
+    def bytes_to_download(self) -> int:
+        """What is still to come, about: a download that was broken off goes on."""
+        part = self.target.with_name(self.target.name + ".part")
+        return max(self.size - part.stat().st_size, 0) if part.is_file() else self.size
+
+    def bytes_on_disk(self) -> int:
+        """The room that this still takes, about; an archive is there together with its files for a moment."""
+        return self.bytes_to_download() + (round(UNPACKED * self.size) if self.members else 0)
 
 
 class DownloadError(OSError):
@@ -78,9 +88,11 @@ def download(jobs: list[Job], root: Path, progress: bool = True) -> None:
         progress: whether to show a progress bar, on stderr.
 
     Raises:
-        DownloadError: at the end, naming the files that failed, the reasons and what to do by hand.
+        DownloadError: before anything is downloaded, where the disk has not the room; at the end, naming the files that
+            failed, the reasons and what to do by hand.
     """
     root.mkdir(parents=True, exist_ok=True)
+    _check_room(root, [job for job in jobs if not job.is_done()])
     pooch.get_logger().setLevel("WARNING")  # a line a file would break the progress bar
     failed: dict[str, str] = {}
     bar = tqdm(total=0, unit="B", unit_scale=True, desc=f"{len(jobs)} files", disable=not progress)
@@ -113,6 +125,16 @@ def download(jobs: list[Job], root: Path, progress: bool = True) -> None:
             f"{'; ...' if len(failed) > 5 else ''}. Run it again to go on where it stopped, or get {first.url} "
             f"(hash: {first.hash or 'not fixed, the file changes upstream'}) and put it into {first.target.parent}",
             failed,
+        )
+
+
+def _check_room(root: Path, jobs: list[Job]) -> None:
+    need, free = sum(job.bytes_on_disk() for job in jobs), shutil.disk_usage(root).free
+    if need > free:
+        raise DownloadError(
+            f"{len(jobs)} files need about {need / 1e6:.0f} MB of disk, and {free / 1e6:.0f} MB are free at {root}. "
+            "Make room there, or put the files into another folder and name it in NTKBOOK_DATA",
+            {job.target.name: "no room on the disk" for job in jobs},
         )
 
 

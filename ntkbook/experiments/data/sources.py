@@ -7,9 +7,11 @@ does when none of these has it (an embedded stand-in, or an error) is for its lo
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pooch
 
@@ -64,6 +66,19 @@ class Status:
     files_wanted: int
     bytes_on_disk: int
     bytes_to_download: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """What `fetch` would do: files that are missing of those wanted, and bytes, about, that it downloads, that it takes
+    of the disk at most meanwhile, and that are free where it puts them, in `folder`."""
+
+    missing: int
+    wanted: int
+    bytes_to_download: int
+    bytes_on_disk: int
+    bytes_free: int
+    folder: str
 
 
 class DataNotFoundError(FileNotFoundError):
@@ -121,17 +136,21 @@ def obtain(
     if missing and (data_dir or offline()):
         raise DataNotFoundError(_missing(dataset, missing, len(files), data_dir))
     if missing:
-        from .download import Job, download  # needs requests: only where something is downloaded
+        from .download import download
 
-        target = cache_dir() / dataset.folder
-        if dataset.archive:
-            address, known = dataset.address(dataset.archive), dataset.known_hash(dataset.archive)
-            jobs = [Job(address, target / dataset.archive, known, dataset.size, tuple(missing))]
-        else:
-            jobs = [Job(dataset.address(f), target / f, dataset.known_hash(f), dataset.size) for f in missing]
-        download(jobs, root=cache_dir(), progress=progress)
-        found |= {file: target / file for file in missing}
+        download(_jobs(dataset, missing), root=cache_dir(), progress=progress)
+        found |= {file: cache_dir() / dataset.folder / file for file in missing}
     return {file: found[file] for file in files}
+
+
+def _jobs(dataset: DataSet, missing: list[str]) -> list[Any]:
+    from .download import Job  # needs requests: only where something is downloaded
+
+    target = cache_dir() / dataset.folder
+    if missing and dataset.archive:
+        address, known = dataset.address(dataset.archive), dataset.known_hash(dataset.archive)
+        return [Job(address, target / dataset.archive, known, dataset.size, tuple(missing))]
+    return [Job(dataset.address(f), target / f, dataset.known_hash(f), dataset.size) for f in missing]
 
 
 def _missing(dataset: DataSet, missing: list[str], wanted: int, data_dir: str | Path | None) -> str:
@@ -166,6 +185,26 @@ def fetch(name: str, stations: str | list[str] | None = None, progress: bool = T
     """
     dataset, files = _wanted(name, stations, progress)
     return list(obtain(dataset, files, progress=progress).values())
+
+
+def need(name: str, stations: str | list[str] | None = None) -> Need:
+    """What `fetch` with the same arguments would download, and what room it needs; raises ValueError as it does.
+
+    All stations are known from their list alone, which is downloaded for this where it is not here (11 MB).
+    """
+    dataset, files = _wanted(name, stations, progress=False)
+    found = locate(dataset, files)
+    missing = [file for file in files if file not in found]
+    jobs, folder = _jobs(dataset, missing), cache_dir() / dataset.folder
+    there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    return Need(
+        missing=len(missing),
+        wanted=len(files),
+        bytes_to_download=sum(job.bytes_to_download() for job in jobs),
+        bytes_on_disk=sum(job.bytes_on_disk() for job in jobs),
+        bytes_free=shutil.disk_usage(there).free,
+        folder=str(folder),
+    )
 
 
 def status() -> list[Status]:
