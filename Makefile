@@ -10,6 +10,7 @@ CHAPTER ?=
 PROFILE ?= cpu
 PARAMS ?=
 PYTEST_ARGS ?=
+LOCK ?= requirements.lock
 NTKBOOK := .venv/bin/ntkbook
 STAMP := .venv/.installed
 
@@ -20,15 +21,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: $(STAMP) ## .venv with what requirements.lock pins, and this package
+install: $(STAMP) ## .venv with what requirements.lock (or LOCK=file) pins, and this package
 
 # Once, and again when the lock or pyproject.toml changes.
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else
 	f"Python 3.11 to 3.13 is needed, $(PYTHON) is {v[0]}.{v[1]}: say make PYTHON=python3.12")'
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	echo "Installing about $$(grep -c '==' requirements.lock) packages into .venv (minutes, the first time)"
-	.venv/bin/python -m pip install -r requirements.lock | tee .venv/install.log | awk '
+	echo "Installing about $$(grep -c '==' $(LOCK)) packages into .venv (minutes, the first time)"
+	.venv/bin/python -m pip install -r $(LOCK) | tee .venv/install.log | awk '
 	  /^(Collecting|Requirement already satisfied)/ { printf "\r%4d packages found", ++n; fflush() }
 	  /^  ?(Downloading|Using cached)/ && / GB| [0-9][0-9][0-9]\.?[0-9]* MB/ { printf "  %s", $$0; fflush() }
 	  /^Installing collected packages/ { printf "\nunpacking and installing them\n"; fflush() }

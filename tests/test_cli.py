@@ -9,10 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
+from ntkbook.experiments.data.sources import Provenance
 from ntkbook.publish import notebooks
+from ntkbook.publish.claims import CLAIMS
+from ntkbook.publish.verdicts import make_record
 
 
 def ntkbook(*arguments, cwd, code="from ntkbook.publish.cli import main; main()", **environment):
@@ -115,6 +119,22 @@ def test_after_ctrl_c_the_same_command_goes_on(toybook, tmp_path):
     again = ntkbook("run", "--profile", "quick", cwd=root)
     assert "01_toy: fresh" in again.stdout
     assert "07_scorecard: done" in again.stdout
+
+
+def test_claims_of_a_profiles_runs(tmp_path):
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\n", "utf8")
+    (name, claim), *_ = [(claim.chapter, claim) for claim in CLAIMS]
+    record = make_record(claim, 0.5, 0.25, 0.75, Provenance("x", "real", "x", 0, "", "", "", ""), "gpu", 20)
+    folder = tmp_path / "runs" / name / "gpu"
+    folder.mkdir(parents=True)
+    (folder / "claims.json").write_text(json.dumps({claim.id: asdict(record)}), "utf8")
+    (folder / "card.json").write_text('{"device": "a card"}', "utf8")
+    ran = json.loads(ntkbook("claims", "--json", "--profile", "gpu", cwd=tmp_path).stdout)["claims"]
+    (row,) = [row for row in ran if row["value"] is not None]
+    assert (row["id"], row["value"], row["verdict"], row["hardware"]) == (claim.id, 0.5, record.verdict, "a card")
+    stored = json.loads(ntkbook("claims", "--json", cwd=tmp_path).stdout)["claims"]
+    assert {row["value"] for row in stored} == {None}
+    assert "not both" in ntkbook("claims", "--readme", "--profile", "gpu", cwd=tmp_path).stderr
 
 
 def test_data_status_needs_no_network(toybook):

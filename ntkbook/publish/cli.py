@@ -110,14 +110,20 @@ def claims(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="As the README's table.")] = False,
     readme: Annotated[bool, typer.Option("--readme", help="Write table and picture into the README.")] = False,
+    profile: Annotated[str, typer.Option(help="Of the runs in runs/ with this profile, not the stored ones.")] = "",
 ) -> None:
     """Show the claims with their stored values and verdicts."""
     root = runner.find_root()
     rows = scorecard.gather(root / "book")
+    if profile and readme:
+        raise ValueError("the README shows the stored claims; give --readme or --profile, not both")
+    if profile:
+        ran = scorecard.gather_runs(root / "runs", profile)
+        rows = [(claim, ran.get(claim.id)) for claim, _ in rows]
     if readme:
         scorecard.write_readme(root / "README.md", rows)
     elif as_json:
-        _print_json(listing.claims_data(root))
+        _print_json(listing.claims_data(root, rows, profile))
     elif markdown:
         print(scorecard.as_markdown(rows))
     else:

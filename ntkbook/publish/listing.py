@@ -8,7 +8,7 @@ import yaml
 
 from ntkbook.publish import runner, scorecard
 from ntkbook.publish.parameters import parameters
-from ntkbook.publish.verdicts import NOT_EVALUATED, REPRODUCED
+from ntkbook.publish.verdicts import NOT_EVALUATED, REPRODUCED, Claim, Record
 
 
 def columns(rows: list[list[str]]) -> str:
@@ -54,43 +54,48 @@ def reproduced(rows: list[scorecard.Row]) -> str:
     return f"{count} of {len(rows)} claims are reproduced"
 
 
-def claims_data(root: Path) -> dict[str, Any]:
+def claims_data(root: Path, rows: list[scorecard.Row], profile: str = "") -> dict[str, Any]:
     """The scorecard as JSON's own types: ``summary`` and ``claims``, one dictionary a claim.
 
     Each has id, chapter, place in the paper, sentence, quantity, criterion and paper_value; value, low and high (the
-    ends of the 95 % interval), n, profile, data, stand_in, hardware and note, None where nothing is stored; verdict;
+    ends of the 95 % interval), n, profile, data, stand_in, hardware and note, None where nothing was measured; verdict;
     link, relative to the built book, to the section that measures it; and cell, the number In [..] of its cell.
+
+    Args:
+        root: the book's folder.
+        rows: the claims with their records.
+        profile: whose runs in ``runs/`` the records are of; the stored runs if empty.
     """
-    rows = scorecard.gather(root / "book")
-    return {"summary": reproduced(rows), "claims": [_claim(root, *row) for row in rows]}
+    return {"summary": reproduced(rows), "claims": [_claim(root, *row, profile) for row in rows]}
 
 
-def _claim(root: Path, claim: Any, result: Any) -> dict[str, Any]:
+def _claim(root: Path, claim: Claim, result: Record | None, profile: str) -> dict[str, Any]:
     measured = ("value", "low", "high", "n", "profile", "stand_in", "note")
-    section, cell = _section(root, claim.chapter, claim.id) if result else ("", None)
+    if profile:
+        folder = root / "runs" / claim.chapter / profile
+        card, notebook = folder / "card.json", folder / "notebook.ipynb"
+    else:
+        card = root / "book" / "results" / f"{claim.chapter}.card.json"
+        notebook = root / "book" / f"{claim.chapter}.ipynb"
+    section, cell = measured_in(notebook, claim.id)
     return {
         **{key: getattr(claim, key) for key in ("id", "chapter", "place", "sentence", "quantity", "criterion")},
         "paper_value": claim.paper_value or None,
         **{key: getattr(result, key, None) for key in measured},
         "data": result.description if result else None,
-        "hardware": _card(root, claim.chapter).get("device") if result else None,
+        "hardware": json.loads(card.read_text("utf8"))["device"] if result and card.exists() else None,
         "verdict": result.verdict if result else NOT_EVALUATED,
         "link": f"{claim.chapter}.html{section}",
         "cell": cell,
     }
 
 
-def _card(root: Path, chapter: str) -> dict[str, Any]:
-    path = root / "book" / "results" / f"{chapter}.card.json"
-    return json.loads(path.read_text("utf8")) if path.exists() else {}
-
-
-def _section(root: Path, chapter: str, claim_id: str) -> tuple[str, int | None]:
-    """The anchor of the section whose cell stored a claim, and that cell's number."""
+def measured_in(notebook: Path, claim_id: str) -> tuple[str, int | None]:
+    """The anchor of the section whose cell stored a claim, and that cell's number; empty and None where there is none."""
     from docutils.nodes import make_id
 
     anchor = ""
-    for cell in json.loads((root / "book" / f"{chapter}.ipynb").read_text("utf8"))["cells"]:
+    for cell in json.loads(notebook.read_text("utf8"))["cells"] if notebook.exists() else []:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             heads = [line.lstrip("#").strip() for line in source.splitlines() if line.startswith(("## ", "### "))]
