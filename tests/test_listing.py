@@ -33,7 +33,7 @@ def test_parameters_with_type_default_comment_and_profiles(toybook):
 
 def test_claims_as_data(toybook, monkeypatch):
     monkeypatch.setattr("ntkbook.publish.claims.CLAIMS", (*TOY, NOWHERE))
-    found = json.loads(json.dumps(listing.claims_data(toybook)))
+    found = json.loads(json.dumps(listing.claims_data(toybook, scorecard.gather(toybook / "book"))))
     assert found["summary"] == "1 of 2 claims are reproduced"
     toy, nowhere = found["claims"]
     assert toy.keys() == nowhere.keys()
@@ -56,6 +56,7 @@ def test_a_claim_links_to_the_section_that_measures_it(toybook, tmp_path):
     nb = json.loads((toybook / "book" / "01_toy.ipynb").read_text("utf8"))
     text = {"cell_type": "markdown", "metadata": {}, "source": ["## Wholly other\n", "\n", "## What came, & why\n"]}
     nb["cells"].insert(-2, text)
-    (tmp_path / "book").mkdir()
-    (tmp_path / "book" / "01_toy.ipynb").write_text(json.dumps(nb), "utf8")
-    assert listing._section(tmp_path, "01_toy", "toy-mean") == ("#what-came-why", 7)
+    notebook = tmp_path / "01_toy.ipynb"
+    notebook.write_text(json.dumps(nb), "utf8")
+    assert listing.measured_in(notebook, "toy-mean") == ("#what-came-why", 7)
+    assert listing.measured_in(tmp_path / "none.ipynb", "toy-mean") == ("", None)

@@ -1,4 +1,4 @@
-"""The workflows: what they may do, what they run, and that they keep what they promise; actionlint where it is there."""
+"""The workflows: what they may do, what they run, and that they keep what they promise."""
 
 import importlib.util
 import re

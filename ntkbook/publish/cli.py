@@ -150,6 +150,28 @@ def compare(
         print(comparison.as_text(first, second))
 
 
+@app.command()
+def cite(
+    write: Annotated[bool, typer.Option("--write", help="Bring book/cite.md up to date.")] = False,
+) -> None:
+    """Show how to cite the paper, the book and each data set."""
+    from ntkbook.publish import citing
+
+    root = runner.find_root()
+    if write:
+        print(citing.write(root))
+    else:
+        print("\n\n".join(citing.sections(root).values()))
+
+
+@app.command()
+def launch() -> None:
+    """Write launch/: chapters for Colab and Binder, which first install what they need."""
+    from ntkbook.publish import launch as launched
+
+    print(*launched.write(runner.find_root()), sep="\n")
+
+
 @data.command()
 def status() -> None:
     """Where each data set would come from now; never touches the network."""

@@ -25,6 +25,7 @@ PACKAGES = ("ntkbook", "torch", "gpytorch", "linear_operator", "botorch", "numpy
 NOT_IN_A_CHAPTER = {  # of publish: they only run it
     "runner.py", "site.py", "cli.py", "execution.py", "parameters.py", "sweep.py", "cluster.py", "compare.py",
     "listing.py", "results.py",
+    "pages.py", "launch.py", "card.py", "citing.py", "reference.py",
 }  # fmt: skip
 
 

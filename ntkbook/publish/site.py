@@ -6,6 +6,9 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+import yaml
+
+from ntkbook.publish import pages
 from ntkbook.publish.runner import Result, finished
 
 STAGE = Path("runs") / "site"
@@ -40,6 +43,8 @@ def build(root: Path, source: Path | None = None) -> Path:
         raise BuildError(f"the book does not build:\n{done.stdout}\n{done.stderr}".rstrip())
     static = out / "_static"
     shutil.copyfile(str(files("plotly") / "package_data" / "plotly.min.js"), static / "plotly.min.js")
+    first = yaml.safe_load(((source or root) / "_toc.yml").read_text("utf8"))["root"]
+    pages.dress_front_door(out, first)
     return out / "index.html"
 
 
