@@ -176,6 +176,36 @@ def test_the_rendered_book_has_what_it_needs(pages):
     assert "mathjax/tex-chtml.js" in (pages / "book" / f"{CHAPTERS[0]}.html").read_text("utf8")
 
 
+def test_every_chapter_can_be_launched_and_downloaded(pages):
+    for name in CHAPTERS:
+        text = (pages / "book" / f"{name}.html").read_text("utf8")
+        (binder,) = re.findall(r'href="https://mybinder\.org/v2/gh/([^"]*)"', text)
+        (colab,) = re.findall(r'href="https://colab\.research\.google\.com/github/([^"]*)"', text)
+        for place in (binder.partition("?urlpath=lab/tree/")[2], colab.partition("/blob/main/")[2]):
+            assert (ROOT / place).is_file(), place
+        for suffix in (".ipynb", ".md"):
+            assert f'href="../_sources/book/{name}{suffix}"' in text
+            assert (pages / "_sources" / "book" / f"{name}{suffix}").read_text("utf8")
+    for name in ("index", "data", "cite"):
+        assert f'href="../_sources/book/{name}.md"' in (pages / "book" / f"{name}.html").read_text("utf8")
+
+
+def test_every_page_has_a_card(pages):
+    files = [pages / "index.html", *(pages / "book").glob("*.html")]
+    assert len(files) >= len(CHAPTERS) + 4
+    for path in files:
+        text = path.read_text("utf8")
+        tags = dict(re.findall(r'<meta (?:property|name)="((?:og:|twitter:|desc)[^"]*)" content="([^"]*)">', text))
+        assert {"og:title", "og:description", "og:url", "og:image", "og:image:alt", "description"} <= set(tags), path
+        assert all(tags.values())
+        assert len(tags["description"]) <= 202
+        assert tags["twitter:card"] == "summary_large_image"
+        base, card, _ = tags["og:image"].partition("_static/card.png")
+        assert tags["og:url"].startswith(base)
+        assert (pages / tags["og:url"].removeprefix(base)).is_file()
+        assert (pages / card).is_file()
+
+
 def test_a_warning_fails_the_build(toybook, tmp_path):
     root = Path(shutil.copytree(toybook, tmp_path / "toy"))
     assert site.build(root).exists()

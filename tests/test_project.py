@@ -11,7 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ntkbook.publish import claims, runner, scorecard
+from ntkbook.publish import citing, claims, launch, notebooks, pages, runner, scorecard
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,7 +87,6 @@ def test_every_claim_belongs_to_a_chapter():
 
 @pytest.mark.parametrize("profile", ["quick", "gpu"])
 def test_profiles_change_parameters_that_the_chapters_have(profile):
-    from ntkbook.publish import notebooks
     from ntkbook.publish.parameters import check_parameters
 
     entries = yaml.safe_load((ROOT / "profiles" / f"{profile}.yml").read_text("utf8"))
@@ -95,3 +94,40 @@ def test_profiles_change_parameters_that_the_chapters_have(profile):
     for chapter in entries:
         nb = notebooks.from_text(ROOT / "book" / f"{chapter}.md")
         check_parameters(nb, runner.profile_parameters(ROOT, profile, chapter), chapter)
+
+
+def test_every_mention_of_the_repository_is_that_of_the_configuration():
+    url = yaml.safe_load((ROOT / "_config.yml").read_text("utf8"))["repository"]["url"]
+    book = pages.pages_url(url)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf8"))
+    assert PROJECT["urls"] == {"Repository": url, "Book": book}
+    assert (citation["repository-code"], citation["url"]) == (url, book)
+    folders = ("", ".ci", ".github/workflows", "book", "launch/book", "ntkbook", "ntkbook/publish", "profiles")
+    paths = [path for folder in folders for path in (ROOT / folder).iterdir() if path.is_file()]
+    name = url.rpartition("/")[2]
+    mentions = {
+        (str(path.relative_to(ROOT)), found)
+        for path in paths
+        if path.suffix in {".md", ".ipynb", ".yml", ".py", ".toml", ".cff", ""}
+        for found in re.findall(
+            rf"https://github\.com/[\w-]+/{name}\b|https://[\w-]+\.github\.io/{name}/?", path.read_text("utf8")
+        )
+    }
+    assert {found for _, found in mentions} == {url, book}, mentions
+    assert not {path for path, _ in mentions if path.endswith(".py")}, "code reads it from _config.yml"
+    assert {"README.md", "CITATION.cff", "pyproject.toml", "_config.yml", "book/cite.md"} <= {
+        path for path, _ in mentions
+    }
+
+
+def test_the_notebooks_for_colab_and_binder_are_those_of_the_chapters():
+    chapters = runner.chapters(ROOT)
+    assert sorted(path.stem for path in (ROOT / "launch" / "book").iterdir()) == sorted(chapters)
+    for chapter in chapters:
+        stored = notebooks.read(launch.path(ROOT, chapter))
+        assert stored == launch.notebook(ROOT, chapter), f"launch/ is old: run `ntkbook launch` ({chapter})"
+
+
+def test_the_page_on_citing_says_what_the_project_says():
+    page = (ROOT / "book" / "cite.md").read_text("utf8")
+    assert citing.with_sections(page, citing.sections(ROOT)) == page, "book/cite.md is old: run `ntkbook cite --write`"

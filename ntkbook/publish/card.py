@@ -26,14 +26,18 @@ WORDS = (
 
 
 def curves(notebook: Path) -> list[dict[str, Any]]:
-    """What the first interactive figure of a stored chapter shows at first, as Plotly's traces; ValueError if none."""
+    """What a stored chapter's interactive figure of NTK and truth shows at first, as Plotly's traces.
+
+    ValueError: the chapter has none.
+    """
     for output in outputs(notebook):
         page = output["data"].get("text/html", "")
         found = re.search(r'<script type="application/json">(.*?)</script>', "".join(page), re.DOTALL)
-        if found:
-            traces = json.loads(html.unescape(found.group(1)))["data"]
-            return [trace for trace in traces if trace.get("visible", True) is True]
-    raise ValueError(f"{notebook}: expected an interactive figure, found none")
+        traces = json.loads(html.unescape(found.group(1))).get("data", []) if found else []
+        shown = [trace for trace in traces if trace.get("visible", True) is True]
+        if {"NTK", "truth", "context"} <= {trace.get("name") for trace in shown}:
+            return shown
+    raise ValueError(f"{notebook}: expected an interactive figure of NTK, truth and context, found none")
 
 
 def draw(traces: list[dict[str, Any]]) -> Figure:
@@ -47,7 +51,7 @@ def draw(traces: list[dict[str, Any]]) -> Figure:
         if trace.get("fill") == "toself":
             ax.fill(trace["x"], trace["y"], color=_after(traces, trace), alpha=0.2, linewidth=0)
         elif trace.get("mode") == "markers":
-            ax.plot(trace["x"], trace["y"], "o", color=CONTEXT, markersize=10, zorder=5, label="ten observations")
+            ax.plot(trace["x"], trace["y"], "o", color=CONTEXT, markersize=10, zorder=5, label="observations")
         else:
             truth = trace["name"] == "truth"
             style = {"color": TRUTH, "linestyle": "--"} if truth else {"color": _colour(trace["name"])}

@@ -17,7 +17,7 @@ from docutils import nodes
 CARD = "_static/card.png"
 CARD_SIZE = (1200, 630)
 CARD_ALT = (
-    "A network's tangent kernel, conditioned on ten points of a new sinusoid: mean and 95 % band, beside an RBF's"
+    "A network's tangent kernel, conditioned on points of a new sinusoid: mean and 95 % band, beside an RBF's"
 )
 _META = re.compile(r'<meta (?:property="og:|name="twitter:|name="description")[^>]*>')
 
