@@ -53,9 +53,8 @@ def draw(traces: list[dict[str, Any]]) -> Figure:
         elif trace.get("mode") == "markers":
             ax.plot(trace["x"], trace["y"], "o", color=CONTEXT, markersize=10, zorder=5, label="observations")
         else:
-            truth = trace["name"] == "truth"
-            style = {"color": TRUTH, "linestyle": "--"} if truth else {"color": _colour(trace["name"])}
-            ax.plot(trace["x"], trace["y"], linewidth=3, label=trace["name"], **style)
+            colour, line = (TRUTH, "--") if trace["name"] == "truth" else (_colour(trace["name"]), "-")
+            ax.plot(trace["x"], trace["y"], linewidth=3, label=trace["name"], color=colour, linestyle=line)
     ax.legend(fontsize=18, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, -0.12))
     ax.set_axis_off()
     return figure

@@ -16,9 +16,7 @@ from docutils import nodes
 
 CARD = "_static/card.png"
 CARD_SIZE = (1200, 630)
-CARD_ALT = (
-    "A network's tangent kernel, conditioned on points of a new sinusoid: mean and 95 % band, beside an RBF's"
-)
+CARD_ALT = "A network's tangent kernel, conditioned on points of a new sinusoid: mean and 95 % band, beside an RBF's"
 _META = re.compile(r'<meta (?:property="og:|name="twitter:|name="description")[^>]*>')
 
 
