@@ -37,13 +37,13 @@ def test_every_data_set_with_a_publication_has_bibtex():
         assert bool(published) == bool(same), name
 
 
-def test_every_data_set_is_in_the_table_with_its_licence():
-    table = citing.data_table()
-    for entry in REGISTRY.values():
-        (line,) = [line for line in table.splitlines() if line.startswith(f"| {entry.title} |")]
-        assert f"| {entry.licence} |" in line
-    assert "](https://doi.org/10.1109/5.726791)" in table
-    assert "](https://arxiv.org/abs/1708.07747)" in table
+def test_every_data_set_is_listed_with_its_licence():
+    lines = citing.data_list().splitlines()
+    assert len(lines) == len(REGISTRY)
+    for line, entry in zip(lines, REGISTRY.values(), strict=True):
+        assert line.lower().startswith(f"- **{entry.title.lower()}.** *{entry.licence.lower()}.* ")
+    assert sum("](https://doi.org/" in line for line in lines) == sum("doi:" in e.citation for e in REGISTRY.values())
+    assert sum("](https://arxiv.org/abs/" in line for line in lines) == 2
 
 
 def test_the_books_entry_is_that_of_its_citation_file():

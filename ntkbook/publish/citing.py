@@ -1,4 +1,4 @@
-"""How to cite the paper, the book and its data: BibTeX and a table, from what the project already says of each."""
+"""How to cite the paper, the book and its data: BibTeX and a list, from what the project already says of each."""
 
 import re
 from collections.abc import Iterable
@@ -34,16 +34,16 @@ def book_entry(citation: Path) -> str:
     return "@software{ntkbook,\n" + "".join(f"  {key} = {{{value}}},\n" for key, value in lines.items()) + "}"
 
 
-def data_table() -> str:
+def data_list() -> str:
     """Data set, licence and whom to cite, as Markdown, from the registry that chapters take their data from."""
     from ntkbook.experiments.data.registry import REGISTRY
 
-    lines = ["| data | licence | cite |", "|---|---|---|"]
+    lines = []
     for entry in REGISTRY.values():
-        cite = "nobody: made up for this book" if entry.citation.startswith("none") else entry.citation
+        cite = "Nobody to cite: made up for this book" if entry.citation.startswith("none") else entry.citation
         for plain, linked in _LINKS.items():
             cite = re.sub(plain, linked, cite)
-        lines.append(f"| {entry.title} | {entry.licence} | {cite} |")
+        lines.append(f"- **{entry.title[0].upper()}{entry.title[1:]}.** *{entry.licence}.* {cite}.")
     return "\n".join(lines)
 
 
@@ -53,7 +53,7 @@ def sections(root: Path) -> dict[str, str]:
     return {
         "paper": _bibtex(known[key] for key in PAPER),
         "book": _bibtex([book_entry(root / "CITATION.cff")]),
-        "data": f"{data_table()}\n\n{_bibtex(known[key] for key in DATA.values())}",
+        "data": f"{data_list()}\n\n{_bibtex(known[key] for key in DATA.values())}",
     }
 
 
