@@ -208,14 +208,19 @@ def interactive(figure: Any, static: Figure, alt: str) -> Any:
     Returns:
         An object to leave as a cell's last expression.
     """
+    data = figure.to_json() if hasattr(figure, "to_json") else json.dumps(figure)
+    return live("ntk-interactive", data, static, alt)
+
+
+def live(kind: str, data: str, static: Figure, alt: str) -> Any:
+    """A static figure, and data as JSON for the local script that finds elements of this class and draws over it."""
     picture = svg(static)
     plt.close(static)
-    data = figure.to_json() if hasattr(figure, "to_json") else json.dumps(figure)
     data = data.replace("</", "<\\/")  # nothing in the data may close the script element
     image = base64.b64encode(picture.encode()).decode()
     words = html.escape(alt, quote=True)
     page = (
-        f'<div class="ntk-interactive" role="group" aria-label="{words}">'
+        f'<div class="{kind}" role="group" aria-label="{words}">'
         f'<img class="ntk-static" alt="{words}" src="data:image/svg+xml;base64,{image}">'
         f'<script type="application/json">{data}</script></div>'
     )
