@@ -90,7 +90,9 @@ def test_a_coarser_truncation_is_worse_by_what_it_leaves_out(grams):
 def test_tasks_snap_to_the_grid_with_the_curves_values(shown):
     task = shown[0]["tasks"][1]
     assert task["at"] == [40, 100, 140]
-    np.testing.assert_allclose(task["y"], 4 * np.sin(GRID[[40, 100, 140], 0]), atol=5e-5)  # four digits are stored
+    np.testing.assert_allclose(
+        task["y"], 4 * np.sin(GRID[[40, 100, 140], 0].numpy()), atol=5e-5
+    )  # four digits are stored
 
 
 def test_the_static_figure_stands_in_the_page_and_says_quick(shown):
@@ -118,21 +120,23 @@ def test_what_is_no_gram_matrix_is_an_error(gram, message):
 
 
 def test_what_does_not_fit_the_grid_is_an_error(grams):
-    good, task = {"a": Prior(grams["tanh"])}, {"t": Task([0.0], np.ones(201))}
+    good, other, task = {"a": Prior(grams["tanh"])}, {"b": Prior(grams["RBF"])}, {"t": Task([0.0], np.ones(201))}
     words = {"noise": 0.01, "title": "", "alt": ""}
     with pytest.raises(ValueError, match="even"):
-        payload(GRID**3, good, good, task, **words)
+        payload(GRID**3, good, other, task, **words)
     with pytest.raises(ValueError, match="gram"):
-        payload(GRID, {"a": Prior(np.eye(3))}, good, task, **words)
-    with pytest.raises(ValueError, match="one prior"):
+        payload(GRID, {"a": Prior(np.eye(3))}, other, task, **words)
+    with pytest.raises(ValueError, match="one prior of"):
         payload(GRID, good, {}, task, **words)
+    with pytest.raises(ValueError, match="of another name"):
+        payload(GRID, good, good, task, **words)
     with pytest.raises(ValueError, match="variance"):
-        payload(GRID, good, good, task, **{**words, "noise": 2.0})
+        payload(GRID, good, other, task, **{**words, "noise": 2.0})
 
 
 @pytest.mark.skipif(NODE is None, reason="node runs the page's algebra: not installed")
 def test_the_algebra_of_the_page_agrees_with_the_gp(shown, tmp_path):
-    """Against NTKGP's own posterior, which never saw the features: at three settings, and with no observations at all."""
+    """Against NTKGP's own posterior, which never saw the features: at three settings, and without observations."""
     settings = [(1.0, 3e-3), (10.0, 1e-2), (0.1, 1e-3)]
     script = """
       const fs = require("fs"), algebra = require(process.argv[1]);
@@ -171,7 +175,7 @@ const curve = (name) => svg.querySelector(name).getAttribute("d");
 const key = (node, key, more) => node.dispatchEvent(
   new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
 const pointer = (node, type, x, y) => node.dispatchEvent(
-  new PointerEvent(type, { clientX: x, clientY: y, pointerId: 1, pointerType: "touch", bubbles: true, cancelable: true }));
+  new PointerEvent(type, { clientX: x, clientY: y, pointerId: 1, bubbles: true, cancelable: true }));
 const button = (text) => Array.from(live.querySelectorAll("button")).find((b) => b.textContent === text);
 const note = (name) => { out[name] = { labels: dots().map(label), status: status(), ntk: curve(".mean.ntk"),
   rbf: curve(".mean.rbf"), band: curve(".band.ntk"), focus: document.activeElement.getAttribute("class") }; };
@@ -205,7 +209,8 @@ out.alone.hidden = getComputedStyle(svg.querySelector(".mean.rbf")).display;
 live.querySelector("input[type=checkbox]").click();
 dots()[0].focus(); button("remove point").click(); note("removed");
 button("clear").click(); note("clear");
-const choice = live.querySelector("select"); choice.value = 1; choice.dispatchEvent(new Event("change")); note("task 2");
+const choice = live.querySelector("select"); choice.value = 1;
+choice.dispatchEvent(new Event("change")); note("task 2");
 out.static = document.querySelector(".ntk-static").hidden;
 out.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 """
@@ -271,8 +276,8 @@ def test_a_reader_adds_drags_and_removes_observations(shown, tmp_path, width):
     assert seen["ReLU"]["ntk"] != seen["start"]["ntk"]
     assert seen["ReLU"]["rbf"] == seen["start"]["rbf"]  # which knows nothing of the network
     assert seen["pressed"] == "true"
-    for name in ("noise", "outputscale"):
-        assert seen[name]["valuetext"] == "3.2"
+    for name, value in (("noise", "1"), ("outputscale", "3.2")):  # the noise slider ends at 1
+        assert seen[name]["valuetext"] == value
         assert seen[name]["band"] != seen["start"]["band"]
     assert seen["alone"]["hidden"] == "none"
     assert "RBF" not in seen["alone"]["status"]

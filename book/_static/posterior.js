@@ -128,7 +128,8 @@ if (typeof document !== "undefined") (() => {
       return b;
     });
     const actions = group("Observations");
-    const choice = element("select", { "aria-label": "Start from the points of" }, actions);
+    element("label", { for: `${id}-task` }, actions, "points of");
+    const choice = element("select", { id: `${id}-task` }, actions);
     tasks.forEach((task, i) => element("option", { value: i }, choice, task.name));
     choice.addEventListener("change", () => start(Number(choice.value)));
     const action = (text, does) => {
@@ -136,7 +137,7 @@ if (typeof document !== "undefined") (() => {
       b.addEventListener("click", does);
       return b;
     };
-    action("start again", () => start(state.task));
+    action("reset", () => start(state.task));
     action("clear", () => { state.observations = []; state.selected = null; update(true); });
     const removal = action("remove point", () => remove(state.selected, true));
 
@@ -159,17 +160,18 @@ if (typeof document !== "undefined") (() => {
     const dots = element("svg:g", { role: "list", "aria-label": "Observations" }, svg);
 
     const legend = element("p", { class: "ntk-play-legend" }, live);
-    const key = (name, text) => {
-      element("span", { class: `key ${name}`, "aria-hidden": "true" }, legend);
-      return element("span", {}, legend, text);
+    const key = (name) => {
+      const entry = element("span", { class: "entry" }, legend);
+      element("span", { class: `key ${name}`, "aria-hidden": "true" }, entry);
+      return element("span", {}, entry);
     };
-    const ntkKey = key("ntk", "");
-    const toggle = element("label", { class: "toggle" }, legend);
+    const ntkKey = key("ntk");
+    const toggle = element("label", { class: "entry" }, legend);
     const check = element("input", { type: "checkbox", checked: "" }, toggle);
     element("span", { class: "key rbf", "aria-hidden": "true" }, toggle);
     element("span", {}, toggle, compared.name);
     check.addEventListener("change", () => { state.beside = check.checked; update(true); });
-    const truthKey = key("truth", "");
+    const truthKey = key("truth");
 
     const sliders = element("div", { class: "ntk-play-sliders" }, live);
     function slider(name, label, low, high, from) {

@@ -106,8 +106,8 @@ def payload(
     grid = np.asarray(x, dtype=np.float64).squeeze()
     if grid.ndim != 1 or len(grid) < 2 or not np.allclose(np.diff(grid), (grid[-1] - grid[0]) / (len(grid) - 1)):
         raise ValueError(f"x: expected an even, increasing grid (n,), got shape {grid.shape}")
-    if not networks or len(compared) != 1 or not tasks:
-        raise ValueError("expected at least one network, one prior to compare with, and at least one task")
+    if not networks or len(compared) != 1 or not tasks or set(networks) & set(compared):
+        raise ValueError("expected at least one network, one prior of another name to compare with, at least one task")
     if not SMALLEST_NOISE**2 <= noise <= 1:
         raise ValueError(f"noise: expected a variance between {SMALLEST_NOISE**2:g} and 1, got {noise:g}")
     priors = []
@@ -158,7 +158,7 @@ def widget(
     """
     network, task = next(iter(networks)), next(iter(tasks))
     other = next(iter(compared), "")
-    title = "your observations, and the posteriors given them"
+    title = "Your observations, and the posteriors given them"
     alt = (
         f"Posterior mean and 95 % band of a Gaussian process with a network's tangent kernel, and of {other}, given "
         "observations that the reader adds, drags and removes"
