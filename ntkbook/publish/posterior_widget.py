@@ -87,9 +87,10 @@ def posterior(
     """
     K = outputscale * np.asarray(prior.gram, dtype=np.float64)
     mean = np.broadcast_to(np.asarray(prior.mean, dtype=np.float64), len(K))
-    at = np.asarray(at, dtype=int)
-    solved = np.linalg.solve(K[np.ix_(at, at)] + noise * np.eye(len(at)), K[at])
-    return mean + solved.T @ (np.asarray(y) - mean[at]), K.diagonal() - np.einsum("ks,ks->s", K[at], solved)
+    where = np.asarray(at, dtype=int)
+    known = K[where]
+    solved = np.linalg.solve(known[:, where] + noise * np.eye(len(where)), known)
+    return mean + solved.T @ (np.asarray(y) - mean[where]), K.diagonal() - np.einsum("ks,ks->s", known, solved)
 
 
 def payload(
