@@ -191,9 +191,14 @@ pointer(document, "pointermove", x - box.width * 0.1, y + box.height / 4);
 pointer(document, "pointerup", x - box.width * 0.1, y + box.height / 4);
 pointer(document, "pointermove", x, y);
 note("dragged");
-for (let i = 0; i < 2; i++) { pointer(point, "pointerdown", x, y); pointer(document, "pointerup", x, y); }
+for (let i = 0; i < 2; i++) {
+  const under = document.elementFromPoint(x - box.width * 0.1, y + box.height / 4);  // a click goes to what is there
+  pointer(under, "pointerdown", x - box.width * 0.1, y + box.height / 4);
+  pointer(document, "pointerup", x - box.width * 0.1, y + box.height / 4);
+  under.dispatchEvent(new MouseEvent("click", { bubbles: true, cancelable: true }));
+}
 note("tapped twice");
-ground.focus(); key(ground, "ArrowRight", { shiftKey: true }); note("crossed"); key(ground, "Enter"); note("entered");
+document.activeElement.blur(); ground.focus(); key(ground, "ArrowRight", { shiftKey: true }); note("crossed"); key(ground, "Enter"); note("entered");
 key(dots()[3], "ArrowRight"); key(dots()[3], "ArrowUp"); note("moved");
 key(dots()[3], "Delete"); note("deleted");
 button("ReLU").click(); note("ReLU"); out.pressed = button("ReLU").getAttribute("aria-pressed");

@@ -75,6 +75,7 @@ if (typeof document !== "undefined") (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const Z = 1.959963984540054; // 95 % of a normal distribution
   const TWICE = 400; // ms between the two taps that remove a point
+  const STILL = 3; // px that a finger may slip in a tap
   const made = new WeakSet();
   let figures = 0;
 
@@ -255,7 +256,7 @@ if (typeof document !== "undefined") (() => {
 
     ground.addEventListener("click", (event) => {
       const { at, y } = place(event);
-      add(at, y, false);
+      add(at, y, true);
     });
     ground.addEventListener("keydown", (event) => {
       if (event.key in moves) moved(state.cursor, event);
@@ -264,7 +265,7 @@ if (typeof document !== "undefined") (() => {
         add(state.cursor.at, state.cursor.y, true);
       }
     });
-    for (const kind of ["focus", "blur"]) ground.addEventListener(kind, () => update(false));
+    for (const kind of ["focus", "blur"]) ground.addEventListener(kind, () => update(kind === "focus"));
 
     let tapped = { id: 0, time: -Infinity };
     let dragged = null;
@@ -272,12 +273,19 @@ if (typeof document !== "undefined") (() => {
       node.addEventListener("pointerdown", (event) => {
         if (event.button) return;
         event.preventDefault(); // no text is marked and no page scrolled by a drag
-        if (tapped.id === point.id && event.timeStamp - tapped.time < TWICE) { remove(point, false); return; }
-        tapped = { id: point.id, time: event.timeStamp };
         const from = place(event);
-        dragged = { point, right: point.at - from.at, up: point.y - from.y, pointer: event.pointerId };
+        dragged = {
+          point, right: point.at - from.at, up: point.y - from.y, pointer: event.pointerId,
+          x: event.clientX, y: event.clientY, far: false,
+        };
         select(point, true);
       });
+      // Removal waits for the second click: removed at its pointerdown, the click would go to the plot and add one.
+      node.addEventListener("click", (event) => {
+        if (tapped.id === point.id && event.timeStamp - tapped.time < TWICE) remove(point, true);
+        else tapped = { id: point.id, time: event.timeStamp };
+      });
+      node.addEventListener("touchmove", (event) => event.preventDefault(), { passive: false });
       node.addEventListener("focus", () => { if (state.selected !== point) select(point, false); });
       node.addEventListener("keydown", (event) => {
         if (event.key in moves) moved(point, event);
@@ -290,15 +298,22 @@ if (typeof document !== "undefined") (() => {
     }
     document.addEventListener("pointermove", (event) => {
       if (!dragged || dragged.pointer !== event.pointerId) return;
+      const far = Math.hypot(event.clientX - dragged.x, event.clientY - dragged.y);
+      if (!dragged.far && far < STILL) return;
+      dragged.far = true;
       const to = place(event);
       const { point } = dragged;
       point.at = clamp(to.at + dragged.right, 0, x.length - 1);
       point.y = clamp(to.y + dragged.up, -state.reach, state.reach);
-      tapped.time = -Infinity;
       update(false);
     });
     for (const kind of ["pointerup", "pointercancel"]) {
-      document.addEventListener(kind, () => { if (dragged) { dragged = null; update(true); } });
+      document.addEventListener(kind, (event) => {
+        if (!dragged || dragged.pointer !== event.pointerId) return;
+        if (dragged.far) tapped = { id: 0, time: -Infinity }; // the click that ends a drag is counted anew
+        dragged = null;
+        update(true);
+      });
     }
 
     // --- drawing ---
@@ -307,6 +322,7 @@ if (typeof document !== "undefined") (() => {
       return (back ? parts.reverse() : parts).join("L");
     };
     let current = {};
+    const steered = () => ground.matches(":focus-visible"); // by keys: a click focuses the plot as well
 
     function update(speak) {
       const { observations, selected } = state;
@@ -327,7 +343,7 @@ if (typeof document !== "undefined") (() => {
       const { cursor } = state;
       const [cx, cy] = [px(x[cursor.at]), py(cursor.y)];
       cross.setAttribute("d", `M${cx - 9},${cy}h18M${cx},${cy - 9}v18`);
-      cross.style.display = document.activeElement === ground ? "" : "none";
+      cross.style.display = steered() ? "" : "none";
 
       const known = new Map(Array.from(dots.children, (node) => [Number(node.dataset.id), node]));
       observations.forEach((point, i) => {
@@ -357,7 +373,7 @@ if (typeof document !== "undefined") (() => {
     function say() {
       const { observations, selected, cursor } = state;
       const many = `${observations.length} observation${observations.length === 1 ? "" : "s"}.`;
-      const where = selected || (document.activeElement === ground ? cursor : null);
+      const where = selected || (steered() ? cursor : null);
       const at = where ? where.at : null;
       if (at === null) { words.textContent = `${many} Select one for the posterior there.`; return; }
       const interval = ({ mean, sd }) => `${number(mean[at])} ± ${number(Z * sd[at])}`;
