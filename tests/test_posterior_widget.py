@@ -198,7 +198,8 @@ for (let i = 0; i < 2; i++) {
   under.dispatchEvent(new MouseEvent("click", { bubbles: true, cancelable: true }));
 }
 note("tapped twice");
-document.activeElement.blur(); ground.focus(); key(ground, "ArrowRight", { shiftKey: true }); note("crossed"); key(ground, "Enter"); note("entered");
+document.activeElement.blur(); ground.focus();
+key(ground, "ArrowRight", { shiftKey: true }); note("crossed"); key(ground, "Enter"); note("entered");
 key(dots()[3], "ArrowRight"); key(dots()[3], "ArrowUp"); note("moved");
 key(dots()[3], "Delete"); note("deleted");
 button("ReLU").click(); note("ReLU"); out.pressed = button("ReLU").getAttribute("aria-pressed");
