@@ -91,7 +91,7 @@ def _claim(root: Path, claim: Claim, result: Record | None, profile: str) -> dic
 
 
 def measured_in(notebook: Path, claim_id: str) -> tuple[str, int | None]:
-    """The anchor of the section whose cell stored a claim, and that cell's number; empty and None where there is none."""
+    """The anchor of the section whose cell stored a claim, and that cell's number; or empty and None."""
     from docutils.nodes import make_id
 
     anchor = ""
