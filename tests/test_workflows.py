@@ -121,7 +121,7 @@ def test_gpu_keeps_what_there_is_when_a_chapter_fails():
     scorecard, upload = steps[run + 1 :]
     assert scorecard["if"] == upload["if"] == "always()"
     assert scorecard["run"].count("ntkbook claims --profile gpu") == 2
-    for kept in ("notebook.ipynb", "card.json", "claims.json"):
+    for kept in ("notebook.ipynb", "card.json", "claims.json", "figures", "tables"):
         assert f"runs/*/gpu/{kept}" in upload["with"]["path"].split()
     assert "runs/scorecard.*" in upload["with"]["path"].split()
     assert WORKFLOWS["gpu"]["defaults"]["run"]["shell"] == "bash", "without pipefail a failing scorecard goes unseen"

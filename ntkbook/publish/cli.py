@@ -11,6 +11,7 @@ try:
     import yaml
 
     from ntkbook.publish import compare as comparison
+    from ntkbook.publish import launch as launched
     from ntkbook.publish import listing, runner, scorecard, site
 except ImportError as missing:
     raise SystemExit(
@@ -84,8 +85,11 @@ def run(
 
 @app.command()
 def store(chapters: Chapters = None, force: Force = False, quiet: Quiet = False) -> None:
-    """Execute chapters with their default parameters and write them with outputs into book/."""
-    _exit_if_failed(runner.store(runner.find_root(), chapters or (), force=force, progress=not quiet))
+    """Execute chapters with their default parameters and write them with outputs into book/; and launch/ anew."""
+    root = runner.find_root()
+    results = runner.store(root, chapters or (), force=force, progress=not quiet)
+    launched.write(root)
+    _exit_if_failed(results)
 
 
 @app.command()
@@ -167,8 +171,6 @@ def cite(
 @app.command()
 def launch() -> None:
     """Write launch/: chapters for Colab and Binder, which first install what they need."""
-    from ntkbook.publish import launch as launched
-
     print(*launched.write(runner.find_root()), sep="\n")
 
 
