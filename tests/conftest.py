@@ -33,7 +33,7 @@ def toybook(tmp_path_factory):
     from ntkbook.publish import runner
 
     root = copy_book(TESTS / "toybook", tmp_path_factory.mktemp("toy") / "book")
-    for item in ("book.css", "interactive.js", "posterior.js"):
+    for item in ("book.css", "interactive.js", "posterior.js", "sortable.js"):
         (root / "book" / "_static").mkdir(exist_ok=True)
         shutil.copyfile(ROOT / "book" / "_static" / item, root / "book" / "_static" / item)
     shutil.copyfile(ROOT / "_config.yml", root / "_config.yml")

@@ -108,17 +108,3 @@ def test_another_criterion_in_the_registry_is_seen(toybook):
     problems = scorecard.check(toybook / "book" / "01_toy.ipynb", stricter)
     assert any("the registry says" in problem for problem in problems)
     assert any("give 'not reproduced'" in problem for problem in problems)
-
-
-def test_the_scorecard_shows_stored_verdicts_beside_quick_values(toybook):
-    rows = scorecard.gather(toybook / "book", (*TOY, BELOW))
-    assert [record and record.verdict for _, record in rows] == ["reproduced", None]
-    assert scorecard.summary(rows) == "1 reproduced, 1 not evaluated"
-    quick = scorecard.gather_runs(toybook / "runs", "quick", TOY)
-    text = scorecard.as_text(rows, quick)
-    assert text.count(quick["toy-mean"].text) == 1
-    assert "this quick run, no verdict" in text
-    assert scorecard.as_markdown(rows).count("\n") == 3
-    page = (toybook / "book" / "07_scorecard.ipynb").read_text("utf8")
-    assert json.dumps(scorecard.as_html(scorecard.gather(toybook / "book", TOY)), ensure_ascii=False)[1:-1] in page
-    assert "this quick run" in (toybook / "runs" / "07_scorecard" / "quick" / "notebook.ipynb").read_text("utf8")

@@ -55,7 +55,7 @@ def test_the_command_line_answers_without_loading_torch():
 def test_the_readme_carries_the_stored_claims():
     table = scorecard.README_TABLE.search((ROOT / "README.md").read_text("utf8"))
     assert table
-    assert table.group(1).strip() == scorecard.as_markdown(scorecard.gather(ROOT / "book")), (
+    assert table.group(1).strip() == scorecard.as_markdown(scorecard.entries(ROOT)), (
         "README.md's table is not that of `ntkbook claims --markdown`: run `ntkbook claims --readme`"
     )
 

@@ -41,10 +41,15 @@ def data_list() -> str:
     lines = []
     for entry in REGISTRY.values():
         cite = "Nobody to cite: made up for this book" if entry.citation.startswith("none") else entry.citation
-        for plain, linked in _LINKS.items():
-            cite = re.sub(plain, linked, cite)
-        lines.append(f"- **{entry.title[0].upper()}{entry.title[1:]}.** *{entry.licence}.* {cite}.")
+        lines.append(f"- **{entry.title[0].upper()}{entry.title[1:]}.** *{entry.licence}.* {linked(cite)}.")
     return "\n".join(lines)
+
+
+def linked(citation: str) -> str:
+    """A citation in Markdown with its DOI and arXiv's number as links."""
+    for plain, link in _LINKS.items():
+        citation = re.sub(plain, link, citation)
+    return citation
 
 
 def sections(root: Path) -> dict[str, str]:

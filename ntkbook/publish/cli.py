@@ -104,7 +104,7 @@ def book(force: Force = False, quiet: Quiet = False) -> None:
     root = runner.find_root()
     results = runner.run(root, profile="quick", force=force, progress=not quiet)
     index = site.build(root, site.stage(root, results))
-    print(scorecard.as_text(scorecard.gather(root / "book"), scorecard.gather_runs(root / "runs", "quick")))
+    print(scorecard.as_text(scorecard.entries(root), scorecard.gather_runs(root / "runs", "quick")))
     print(f"The book: {index}")
     _exit_if_failed(results)
 
@@ -118,20 +118,17 @@ def claims(
 ) -> None:
     """Show the claims with their stored values and verdicts."""
     root = runner.find_root()
-    rows = scorecard.gather(root / "book")
     if profile and readme:
         raise ValueError("the README shows the stored claims; give --readme or --profile, not both")
-    if profile:
-        ran = scorecard.gather_runs(root / "runs", profile)
-        rows = [(claim, ran.get(claim.id)) for claim, _ in rows]
+    found = scorecard.entries(root, profile)
     if readme:
-        scorecard.write_readme(root / "README.md", rows)
+        scorecard.write_readme(root / "README.md", found)
     elif as_json:
-        _print_json(listing.claims_data(root, rows, profile))
+        _print_json({"summary": scorecard.summary(entry["verdict"] for entry in found), "claims": found})
     elif markdown:
-        print(scorecard.as_markdown(rows))
+        print(scorecard.as_markdown(found))
     else:
-        print(f"{scorecard.as_text(rows)}\n{listing.reproduced(rows)}.")
+        print(scorecard.as_text(found))
 
 
 @app.command()

@@ -31,8 +31,9 @@ def pages_url(repository: str) -> str:
 
 
 def description(doctree: nodes.document | None, longest: int = 200) -> str:
-    """A page's first paragraph as plain text, cut at a word where it is longer; empty without one."""
-    first = next(iter(doctree.findall(nodes.paragraph)), None) if doctree is not None else None
+    """A page's first paragraph of its own as plain text, cut at a word where it is longer; empty without one."""
+    paragraphs = doctree.findall(nodes.paragraph) if doctree is not None else ()
+    first = next((paragraph for paragraph in paragraphs if "outcome" not in paragraph["classes"]), None)
     text = " ".join(first.astext().split()).removeprefix("Question. ") if first is not None else ""
     return text if len(text) <= longest else f"{text[:longest].rpartition(' ')[0]} …"
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ PACKAGES = ("ntkbook", "torch", "gpytorch", "linear_operator", "botorch", "numpy
 NOT_IN_A_CHAPTER = {  # of publish: they only run it
     "runner.py", "site.py", "cli.py", "execution.py", "parameters.py", "sweep.py", "cluster.py", "compare.py",
     "listing.py", "results.py",
-    "pages.py", "launch.py", "card.py", "citing.py", "reference.py",
+    "pages.py", "launch.py", "card.py", "citing.py", "reference.py", "status.py",
 }  # fmt: skip
 
 
@@ -280,7 +281,10 @@ def _describe(root: Path, result: Result, profile: str, values: dict[str, Any], 
 
 
 def run_card(root: Path, result: Result, profile: str, values: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """What a reader needs to judge or repeat a run: device, versions, commit, data and their hashes, time, memory."""
+    """What a reader needs to judge or repeat a run: device, versions, commit, data and their hashes, time, memory.
+
+    ``finished`` is in UTC.
+    """
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -295,6 +299,7 @@ def run_card(root: Path, result: Result, profile: str, values: dict[str, Any], d
         "versions": versions,
         "commit": _commit(root),
         "data": data,
+        "finished": datetime.now(UTC).isoformat(timespec="minutes"),
         "wall_seconds": round(result.seconds, 1),
         "peak_mib": result.peak_mib and round(result.peak_mib),
     }
@@ -303,7 +308,7 @@ def run_card(root: Path, result: Result, profile: str, values: dict[str, Any], d
 def fingerprint(root: Path, name: str, nb: Any, values: dict[str, Any]) -> str:
     """A digest of what a run depends on: the chapter's code, parameters, package, lock, and where data comes from.
 
-    Prose does not count. A summary also depends on the other chapters' stored notebooks and quick claims.
+    Prose does not count. A summary also depends on the other chapters' stored notebooks, their cards and quick claims.
     """
     code = [cell.source for cell in nb.cells if cell.cell_type == "code"]
     digest = hashlib.sha256(json.dumps([code, values, sys.version_info[:3]], sort_keys=True).encode())
@@ -313,6 +318,7 @@ def fingerprint(root: Path, name: str, nb: Any, values: dict[str, Any]) -> str:
     files += [root / "requirements.lock", *(root / "book" / "results").glob(f"{name}.*.json")]
     if _is_summary(nb):
         files += [p for p in (root / "book").glob("*.ipynb") if p.stem != name]
+        files += (root / "book" / "results").glob("*.card.json")
         files += [p for p in (root / "runs").glob("*/quick/claims.json") if p.parts[-3] != name]
     for path in sorted(p for p in files if p.exists() and p.name != f"{name}.card.json"):
         digest.update(str(path.name).encode() + path.read_bytes())

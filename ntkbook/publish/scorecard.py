@@ -5,65 +5,127 @@ import html
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ntkbook.publish.claims import Bundle, badge, collect, glued, outputs, registry, row_html
-from ntkbook.publish.verdicts import NOT_EVALUATED, Claim, Record, judge
+from ntkbook.publish.verdicts import NOT_EVALUATED, NOT_REPRODUCED, PARTLY, REPRODUCED, Claim, Record, judge
 
 README_TABLE = re.compile(r"<!-- claims:.*?-->\n(.*?)<!-- /claims -->", re.DOTALL)
 
-Row = tuple[Claim, Record | None]
+ORDER = {REPRODUCED: "reproduced", PARTLY: "partly", NOT_REPRODUCED: "not", NOT_EVALUATED: "not evaluated"}
+"""The verdicts from good to none, each as a sentence says it."""
+SORTABLE = ("chapter", "claim", "place", "verdict")
+
+Entry = dict[str, Any]
 
 
-def gather(book: str | Path, claims: tuple[Claim, ...] | None = None) -> list[Row]:
-    """Every claim of the registry with its record in the stored notebook of its chapter, None where there is none.
+def entries(root: str | Path, profile: str = "", claims: tuple[Claim, ...] | None = None) -> list[Entry]:
+    """Every claim of the registry with what was measured for it, in JSON's own types.
+
+    Each has id, chapter, place in the paper, sentence, quantity, criterion and paper_value; value, low and high (the
+    ends of the 95 % interval), n, profile, data, stand_in, hardware and note, None where nothing was measured; text,
+    the value as it is shown; verdict; link, relative to the built chapters, to the section that measures it; and cell,
+    the number In [..] of its cell.
 
     Args:
-        book: the folder with the stored notebooks.
+        root: the book's folder.
+        profile: of the runs in ``runs/`` with this profile; of the stored notebooks if empty.
         claims: another registry than the book's.
     """
     known = registry(claims)
-    stored = {
-        name: collect(path)
-        for name in dict.fromkeys(claim.chapter for claim in known.values())
-        if (path := Path(book) / f"{name}.ipynb").exists()
+    runs = {name: _run(Path(root), name, profile) for name in dict.fromkeys(claim.chapter for claim in known.values())}
+    return [_entry(claim, *runs[claim.chapter]) for claim in known.values()]
+
+
+def _run(root: Path, chapter: str, profile: str) -> tuple[dict[str, Record], str | None, dict[str, tuple[str, int]]]:
+    """A run's records, its device, and where its notebook measures what."""
+    book, folder = root / "book", root / "runs" / chapter / profile
+    if profile:
+        card, notebook, records = folder / "card.json", folder / "notebook.ipynb", _records(folder / "claims.json")
+    else:
+        card, notebook = book / "results" / f"{chapter}.card.json", book / f"{chapter}.ipynb"
+        records = collect(notebook) if notebook.exists() else {}
+    device = json.loads(card.read_text("utf8"))["device"] if card.exists() else None
+    return records, device, measured_in(notebook) if notebook.exists() else {}
+
+
+def _entry(
+    claim: Claim, records: dict[str, Record], device: str | None, places: dict[str, tuple[str, int]]
+) -> dict[str, Any]:
+    result = records.get(claim.id)
+    section, cell = places.get(claim.id, ("", None))
+    measured = ("value", "low", "high", "n", "profile", "stand_in", "note")
+    return {
+        **{key: getattr(claim, key) for key in ("id", "chapter", "place", "sentence", "quantity", "criterion")},
+        "paper_value": claim.paper_value or None,
+        **{key: getattr(result, key, None) for key in measured},
+        "text": result.text if result else "not measured",
+        "data": result.description if result else None,
+        "hardware": device if result else None,
+        "verdict": result.verdict if result else NOT_EVALUATED,
+        "link": f"{claim.chapter}.html{section}",
+        "cell": cell,
     }
-    return [(claim, stored.get(claim.chapter, {}).get(claim.id)) for claim in known.values()]
+
+
+def measured_in(notebook: Path) -> dict[str, tuple[str, int]]:
+    """For all that a notebook has stored by name: the anchor of its section, if any, and the number of its cell."""
+    from docutils.nodes import make_id
+
+    anchor, found = "", {}
+    for cell in json.loads(notebook.read_text("utf8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            heads = [line.lstrip("#").strip() for line in source.splitlines() if line.startswith(("## ", "### "))]
+            anchor = f"#{make_id(heads[-1])}" if heads else anchor
+        for output in cell.get("outputs", []):
+            if name := output.get("metadata", {}).get("scrapbook", {}).get("name"):
+                found[name] = (anchor, cell["execution_count"])
+    return found
 
 
 def gather_runs(runs: str | Path, profile: str, claims: tuple[Claim, ...] | None = None) -> dict[str, Record]:
     """The records of one profile's runs, by claim id; chapters that have not been run are left out."""
     chapters = dict.fromkeys(claim.chapter for claim in registry(claims).values())
-    files = [Path(runs) / name / profile / "claims.json" for name in chapters]
-    return {k: Record(**v) for f in files if f.exists() for k, v in json.loads(f.read_text("utf8")).items()}
+    return {k: v for name in chapters for k, v in _records(Path(runs) / name / profile / "claims.json").items()}
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """How many claims got which verdict, such as ``2 reproduced, 1 not evaluated``."""
-    counts = Counter(result.verdict if result else NOT_EVALUATED for _, result in rows)
-    return ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()) or "no claims"
+def _records(file: Path) -> dict[str, Record]:
+    return {k: Record(**v) for k, v in json.loads(file.read_text("utf8")).items()} if file.exists() else {}
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
+def summary(verdicts: Iterable[str]) -> str:
+    """What came out, in one line such as ``3 of 6 claims are reproduced, 1 partly, 2 not``."""
+    counts = Counter(verdicts)
+    others = [
+        f", {counts[verdict]} {word}" for verdict, word in ORDER.items() if verdict != REPRODUCED and counts[verdict]
+    ]
+    return f"{counts[REPRODUCED]} of {counts.total()} claims are reproduced{''.join(others)}"
+
+
+def _summary(found: Sequence[Entry]) -> str:
+    return summary(entry["verdict"] for entry in found)
+
+
+def as_markdown(found: Sequence[Entry]) -> str:
     """The table that the README carries."""
     lines = ["| claim | paper | here (95 % interval) | verdict |", "|---|---|---|---|"]
-    for claim, result in rows:
-        here = f"{claim.quantity}: {_here(result)}"
-        verdict = result.verdict if result else NOT_EVALUATED
-        cells = (f"{claim.sentence} ({claim.place})", claim.paper_value or "no number", here, verdict)
+    for entry in found:
+        here = f"{entry['quantity']}: {entry['text']}"
+        cells = (f"{entry['sentence']} ({entry['place']})", entry["paper_value"] or "no number", here, entry["verdict"])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
-def write_readme(path: Path, rows: Sequence[Row]) -> None:
+def write_readme(path: Path, claims: Sequence[Entry]) -> None:
     """Put the table between the README's markers, and its picture into the book; ValueError when it has no markers."""
     text = path.read_text("utf8")
     found = README_TABLE.search(text)
     if not found:
         raise ValueError(f"{path}: expected <!-- claims: ... --> and <!-- /claims -->, found none")
-    path.write_text(f"{text[: found.start(1)]}{as_markdown(rows)}\n{text[found.end(1) :]}", "utf8")
+    path.write_text(f"{text[: found.start(1)]}{as_markdown(claims)}\n{text[found.end(1) :]}", "utf8")
     book = path.parent / "book"
     (book / "_static" / "readme.svg").write_text(readme_picture(book / "02_sinusoids.ipynb"), "utf8")
 
@@ -78,55 +140,76 @@ def readme_picture(notebook: Path) -> str:
     raise ValueError(f"{notebook}: expected an interactive figure, found none")
 
 
-def as_text(rows: Sequence[Row], quick: Mapping[str, Record] | None = None) -> str:
+def as_text(found: Sequence[Entry], quick: Mapping[str, Record] | None = None) -> str:
     """The scorecard for a terminal: stored values and verdicts, and beside them this run's values without a verdict."""
     lines = []
-    for claim, result in rows:
-        lines.append(f"{result.verdict if result else NOT_EVALUATED:>14}  {claim.sentence}")
-        lines.append(f"{'':>14}  {claim.quantity} (criterion {claim.criterion}): {_here(result)}")
-        if quick and claim.id in quick:
-            lines.append(f"{'':>14}  this quick run, no verdict: {quick[claim.id].text}, {quick[claim.id].description}")
-    return "\n".join([*lines, f"Stored: {summary(rows)}."])
+    for entry in found:
+        paper = f"; paper: {entry['paper_value']}" if entry["paper_value"] else ""
+        origin = (entry["data"], entry["hardware"], entry["link"], entry["note"])
+        lines += [
+            f"{entry['verdict']:>14}  {entry['sentence']} ({entry['place']})",
+            f"{'':>14}  {entry['quantity']} (criterion {entry['criterion']}): {entry['text']}{paper}",
+            f"{'':>14}  {'; '.join(filter(None, origin))}",
+        ]
+        if quick and entry["id"] in quick:
+            here = quick[entry["id"]]
+            lines.append(f"{'':>14}  this quick run, no verdict: {here.text}, {here.description}")
+    return "\n".join([*lines, f"{_summary(found)}."])
 
 
-def as_html(rows: Sequence[Row], quick: Mapping[str, Record] | None = None, *, short: bool = False) -> str:
-    """The scorecard page's table, or the landing page's with ``short``; sentences link to their chapters."""
-    if not rows:
+def as_html(found: Sequence[Entry], quick: Mapping[str, Record] | None = None) -> str:
+    """The scorecard page's table: sentences link to the sections that measure them, ``sortable.js`` sorts the rows."""
+    if not found:
         return "<p>No claims yet.</p>"
-    table = [_cells(claim, result, quick, short) for claim, result in rows]
-    head = "".join(f"<th>{name}</th>" for name in table[0])
-    body = ["".join(f'<td data-label="{name}">{text}</td>' for name, text in cells.items()) for cells in table]
-    lines = "".join(f"<tr>{line}</tr>" for line in body)
-    return f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
+    table = [_cells(entry, quick) for entry in found]
+    heads = [f'<th scope="col"{" data-sortable" * (name in SORTABLE)}>{name}</th>' for name in table[0]]
+    lines = []
+    for entry, cells in zip(found, table):
+        rank = list(ORDER).index(entry["verdict"])
+        keys = {"verdict": f' data-sort="{rank}"'}
+        line = "".join(f'<td data-label="{name}"{keys.get(name, "")}>{text}</td>' for name, text in cells.items())
+        lines.append(f"<tr>{line}</tr>")
+    head, body = "".join(heads), "".join(lines)
+    return f'<table class="claims sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def _cells(claim: Claim, result: Record | None, quick: Mapping[str, Record] | None, short: bool) -> dict[str, str]:
-    measured = html.escape(claim.quantity)
-    link = f'<a href="{claim.chapter}.html" title="{measured}">{html.escape(claim.sentence)}</a>'
-    cells = {"claim": link if short else f"{link} <small>{html.escape(claim.place)}</small>"}
-    if not short:
-        cells |= {"measured": measured, "paper": html.escape(claim.paper_value or "no number")}
-    cells |= {"criterion": html.escape(claim.criterion), "here (95 % interval)": _here(result)}
-    if not short:
-        cells["data"] = html.escape(result.description) if result else ""
+def _cells(entry: Entry, quick: Mapping[str, Record] | None) -> dict[str, str]:
+    told = {key: html.escape(str(entry[key] or "")) for key in entry}
+    cells = {
+        "claim": f'<a href="{told["link"]}">{told["sentence"]}</a>',
+        "place": told["place"],
+        "chapter": entry["chapter"].partition("_")[0].lstrip("0"),
+        "measured": told["quantity"],
+        "criterion": told["criterion"],
+        "here (95 % interval)": told["text"] + _small(f"paper: {told['paper_value'] or 'no number'}"),
+        "data": told["data"] + _small(told["hardware"]),
+    }
     if quick is not None:
-        cells["this quick run"] = quick[claim.id].text if claim.id in quick else "not run"
-    return {**cells, "verdict": badge(result.verdict if result else NOT_EVALUATED)}
+        cells["this quick run"] = quick[entry["id"]].text if entry["id"] in quick else "not run"
+    return {**cells, "verdict": badge(entry["verdict"]) + _small(told["note"])}
+
+
+def _small(text: str) -> str:
+    return f" <small>{text}</small>" if text else ""
 
 
 def show(root: str | Path, profile: str, claims: tuple[Claim, ...] | None = None) -> None:
-    """Show and store the scorecard in its notebook: glued as ``scorecard-short`` and ``scorecard-summary``.
+    """Show and store the scorecard in its notebook.
 
-    The quick profile also shows the values of this quick run, without verdicts.
+    Glued are ``scorecard-summary``, one line, and for every chapter ``scorecard-<chapter>``, how many of its claims
+    have which verdict. The quick profile also shows the values of this quick run, without verdicts.
     """
     from IPython.display import display
     from myst_nb import glue
 
-    rows = gather(Path(root) / "book", claims)
+    found = entries(root, claims=claims)
     quick = gather_runs(Path(root) / "runs", "quick", claims) if profile == "quick" else None
-    glue("scorecard-short", Bundle({"text/html": as_html(rows, quick, short=True)}), display=False)
-    glue("scorecard-summary", summary(rows), display=False)
-    display({"text/html": as_html(rows, quick), "text/plain": as_text(rows, quick)}, raw=True)
+    glue("scorecard-summary", _summary(found), display=False)
+    for chapter in dict.fromkeys(entry["chapter"] for entry in found):
+        counts = Counter(entry["verdict"] for entry in found if entry["chapter"] == chapter)
+        parts = {verdict: f"{counts[verdict]} {badge(verdict)}" for verdict in ORDER if counts[verdict]}
+        glue(f"scorecard-{chapter}", Bundle({"text/html": ", ".join(parts.values())}), display=False)
+    display({"text/html": as_html(found, quick), "text/plain": as_text(found, quick)}, raw=True)
 
 
 def check(notebook: str | Path | Mapping[str, Any], claims: tuple[Claim, ...] | None = None) -> list[str]:
@@ -154,7 +237,3 @@ def check(notebook: str | Path | Mapping[str, Any], claims: tuple[Claim, ...] | 
         if row_html(claim, result) not in ["".join(text) for text in shown]:
             problems.append(f"{name}: the row shown is not the one its stored numbers give")
     return problems
-
-
-def _here(result: Record | None) -> str:
-    return result.text if result else "not measured"

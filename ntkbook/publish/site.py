@@ -49,7 +49,7 @@ def build(root: Path, source: Path | None = None) -> Path:
 
 
 def stage(root: Path, results: list[Result]) -> Path:
-    """Copy the book to ``runs/site`` with the notebooks of these runs in place of the stored ones.
+    """Copy the book to ``runs/site`` with the notebooks and cards of these runs in place of the stored ones.
 
     A chapter whose run failed keeps its stored notebook; one that has none is left out of the copy's contents.
     """
@@ -62,6 +62,9 @@ def stage(root: Path, results: list[Result]) -> Path:
     shutil.copyfile(root / "_config.yml", target / "_config.yml")
     toc = (root / "_toc.yml").read_text("utf8").splitlines(keepends=True)
     for result in results:
+        card = target / "book" / "results" / f"{result.chapter}.card.json"
+        card.parent.mkdir(exist_ok=True)
+        shutil.copyfile(result.folder / "card.json", card)
         page = target / "book" / f"{result.chapter}.ipynb"
         if result.status != "failed":
             notebooks.write(finished(root, result), page)
