@@ -209,6 +209,24 @@ def test_every_page_has_a_card(pages):
         assert (pages / card).is_file()
 
 
+def test_every_claim_links_to_a_section_that_is_there(pages):
+    parsed = {
+        path.name: BeautifulSoup(path.read_text("utf8"), "html.parser") for path in (pages / "book").glob("*.html")
+    }
+    links = [cell.a["href"] for cell in parsed["07_scorecard.html"].select('td[data-label="claim"]')]
+    assert len(links) == len(claims.CLAIMS)
+    for link in links:
+        name, _, anchor = link.partition("#")
+        assert parsed[name].find("section", id=anchor), link
+    for name in CHAPTERS:
+        (line,) = parsed[f"{name}.html"].select("p.outcome")
+        page, _, anchor = line.select("a")[-1]["href"].partition("#")
+        assert page == "status.html"
+        assert parsed[page].find(id=anchor), anchor
+        if any(claim.chapter == name for claim in claims.CLAIMS):
+            assert re.match(r"\d+ (of \d+ claims are reproduced|claims, not evaluated)", line.get_text())
+
+
 def test_a_warning_fails_the_build(toybook, tmp_path):
     root = Path(shutil.copytree(toybook, tmp_path / "toy"))
     assert site.build(root).exists()
