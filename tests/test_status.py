@@ -83,7 +83,9 @@ def test_a_changed_verdict_changes_the_line(copied):
 def test_a_card_is_told_in_full(copied):
     write_card(copied)
     text = section(copied)
-    assert text.startswith("## A toy chapter\n\nDone. 1 of 1 claims are reproduced. [The chapter](01_toy.ipynb).\n")
+    assert text.startswith(
+        "## A toy chapter\n\nDone. 1 of 1 claims are reproduced. [Read the chapter](01_toy.ipynb).\n"
+    )
     for told in (
         "Finished\n: 2026-11-20 12:34 UTC\n", "Device\n: CPU, 2 cores\n", "23 min, 2.8 GiB of memory at most",
         "profile cpu: the defaults", "python 3.11.7, linear\\_operator 0.6.1",
@@ -92,6 +94,8 @@ def test_a_card_is_told_in_full(copied):
         "[doi:10.1/ab-c](https://doi.org/10.1/ab-c). [Source](https://example.org/maps).",
     ):  # fmt: skip
         assert told in text
+    write_card(copied, finished="2026-11-20")
+    assert "Finished\n: by 2026-11-20, when it was stored\n" in section(copied)
     write_card(copied, parameters={"profile": "gpu", "size": 5, "source": "real"}, profile="gpu", commit=None, data={})
     text = section(copied)
     assert "profile gpu: `size = 5`, `source = 'real'`" in text

@@ -179,8 +179,7 @@ def _cells(entry: Entry, quick: Mapping[str, Record] | None) -> dict[str, str]:
         "claim": f'<a href="{told["link"]}">{told["sentence"]}</a>',
         "place": told["place"],
         "chapter": entry["chapter"].partition("_")[0].lstrip("0"),
-        "measured": told["quantity"],
-        "criterion": told["criterion"],
+        "measured": told["quantity"] + _small(f"criterion {told['criterion']}"),
         "here (95 % interval)": told["text"] + _small(f"paper: {told['paper_value'] or 'no number'}"),
         "data": told["data"] + _small(told["hardware"]),
     }

@@ -71,7 +71,7 @@ def _section(book: Path, name: str, shown: bool, repository: str) -> str:
     else:
         told = ["Done."]
     if shown:
-        told += [f"{came}." for came in [outcome(notebook)] if came] + [f"[The chapter]({name}.ipynb)."]
+        told += [f"{came}." for came in [outcome(notebook)] if came] + [f"[Read the chapter]({name}.ipynb)."]
     title = listing.title(notebooks.read(notebook)) if shown else f"{name}, which is not in the book"
     fields = _fields(card, repository) if card else []
     return "\n".join([f"({anchor(name)})=", f"## {title}", "", " ".join(told), "", *fields])
@@ -87,6 +87,8 @@ def _fields(card: Card, repository: str) -> list[str]:
     link = f"[`{commit[:10]}`]({repository}/commit/{commit}){', with changes not committed' if changes else ''}"
     others = [f"`{key} = {value!r}`" for key, value in card["parameters"].items() if key != "profile"]
     finished = card["finished"] or "at a time that was not recorded"
+    if re.fullmatch(r"[\d-]+", finished):  # the day of a commit
+        finished = f"by {finished}, when it was stored"
     fields = {
         "Finished": [finished.replace("T", " ").replace("+00:00", " UTC")],
         "Device": [_plain(card["device"])],
