@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import matplotlib
 import pytest
 from bs4 import BeautifulSoup
+from exercises import snippets
+from nbformat.v4 import new_code_cell
 
 from ntkbook.publish import claims, notebooks, runner, scorecard, site
 
@@ -53,10 +56,10 @@ def test_a_quick_run_succeeds_without_verdicts(quick, name, capsys):
         print(f"\n  {result.line}", end="")
 
 
-def test_quick_runs_repeat_exactly(quick, capsys):
+def test_quick_runs_repeat_exactly_and_the_exercises_snippets_hold_after_them(quick, capsys):
     _, results = quick
     paths = [result.notebook for result in results.values()]
-    done = nbval(paths)
+    done = nbval([followed_by(path, snippets(name)) for name, path in zip(results, paths)])
     assert done.returncode == 0, done.stdout[-5000:]
     ignored = [
         f"{path.parts[-3]}: {cell.source.strip().splitlines()[0]}"
@@ -68,7 +71,16 @@ def test_quick_runs_repeat_exactly(quick, capsys):
         print(f"\n  nbval compared every output; {len(ignored)} cells were run but not compared: {ignored}", end="")
 
 
-def test_a_changed_number_is_seen_by_the_repetition(quick):
+def followed_by(path, code):
+    """A copy of a notebook, beside it, with further cells, whose outputs are not compared."""
+    nb = notebooks.read(path)
+    nb.cells += [new_code_cell(cell, metadata={"tags": [MARK]}) for cell in code]
+    longer = path.with_name("longer.ipynb")
+    notebooks.write(nb, longer)
+    return longer
+
+
+def test_a_changed_number_and_a_wrong_snippet_are_seen_by_the_repetition(quick):
     root, results = quick
     fastest = min(results.values(), key=lambda result: result.seconds)
     nb = notebooks.read(fastest.notebook)
@@ -80,9 +92,10 @@ def test_a_changed_number_is_seen_by_the_repetition(quick):
     output["data"][kind] = re.sub(r"(\d\.)(\d)", lambda m: m[1] + str((int(m[2]) + 1) % 10), text, count=1)
     changed = root / "runs" / fastest.chapter / "changed.ipynb"
     notebooks.write(nb, changed)
-    done = nbval([changed])
+    done = nbval([followed_by(changed, ["assert profile != 'quick'"])])
     assert done.returncode == 1
     assert "mismatch" in done.stdout
+    assert "AssertionError" in done.stdout
 
 
 def nbval(paths):
@@ -154,6 +167,26 @@ def pages(request, tmp_path_factory):
     for name in ("_toc.yml", "_config.yml"):
         shutil.copyfile(ROOT / name, root / name)
     return site.build(root).parent
+
+
+@pytest.fixture(scope="module")
+def parsed(pages):
+    """Every page, parsed; templates that the theme leaves in _static are none."""
+    files = [path for path in pages.rglob("*.html") if "_static" not in path.parts]
+    return {path: BeautifulSoup(path.read_text("utf8"), "html.parser") for path in files}
+
+
+def test_every_internal_link_leads_to_a_file_and_an_anchor(parsed):
+    anchors = {path: {tag.get("id") or tag.get("name") for tag in page.select("[id], a[name]")}
+               for path, page in parsed.items()}  # fmt: skip
+    links = {(path, urlsplit(tag.get("href") or tag.get("src") or "")) for path, page in parsed.items()
+             for tag in page.select("[href], [src]")}  # fmt: skip
+    internal = [(path, link) for path, link in links if not (link.scheme or link.netloc)]
+    assert sum(bool(link.fragment) for _, link in internal) > 200
+    for path, link in internal:
+        target = Path(os.path.normpath(path.parent / unquote(link.path))) if link.path else path
+        assert target.is_file(), f"{path.name}: {link.geturl()}"
+        assert not link.fragment or unquote(link.fragment) in anchors[target], f"{path.name}: {link.geturl()}"
 
 
 def test_the_rendered_book_asks_nothing_of_the_network(pages):
@@ -236,17 +269,16 @@ def test_a_warning_fails_the_build(toybook, tmp_path):
         site.build(root)
 
 
-def test_the_reference_has_every_public_name_and_every_reference_to_one_resolves(pages):
+def test_the_reference_has_every_public_name_and_every_reference_to_one_resolves(pages, parsed):
     import ntkbook
 
     unlisted = {"ntkbook.blocks", "ntkbook.choice.KeptGram", "ntkbook.layers"}  # inside, but worth a word
-    for path in pages.rglob("*.html"):
-        page = BeautifulSoup(path.read_text("utf8"), "html.parser")
+    for path, page in parsed.items():
         for code in page.select("code.xref.py"):
             name = code.get_text().strip("()")
             if name.split(".")[0] in ("ntkbook", *ntkbook.__all__) and name not in unlisted:
                 assert code.find_parent("a"), f"{path.name}: {name} leads nowhere"
-    reference = BeautifulSoup((pages / "book" / "api.html").read_text("utf8"), "html.parser")
+    reference = parsed[pages / "book" / "api.html"]
     documented = {entry["id"] for entry in reference.select("dt.sig[id]")}
     assert {f"ntkbook.{name}" for name in ntkbook.__all__} <= documented
     assert {"ntkbook.NTKGP.to", "ntkbook.Posterior.mean", "ntkbook.likelihoods.Poisson"} <= documented
