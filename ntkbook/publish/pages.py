@@ -1,9 +1,13 @@
 """A Sphinx extension for what every page of the book carries: social-card metadata, its date, its downloads.
 
+Figures in chapters have their alternative texts from the chapter's text, where a cell's options say them
+(``mystnb: {image: {alt: …}}``): rewording one needs no new run.
+
 The repository's address stands in one place that is read, ``repository: url`` of ``_config.yml``; where the pages lie
 follows from it (a test compares all other mentions).
 """
 
+import copy
 import html
 import re
 import shutil
@@ -12,11 +16,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import nbformat
 from docutils import nodes
+from nbformat import NotebookNode
+
+from ntkbook.publish import notebooks
 
 CARD = "_static/card.png"
 CARD_SIZE = (1200, 630)
 CARD_ALT = "A network's tangent kernel, conditioned on points of a new sinusoid: mean and 95 % band, beside an RBF's"
+# The theme asks for the mode that is stored, finds none on a first visit, and says so as an error.
+FIRST_VISIT = '<script>localStorage.getItem("mode") || localStorage.setItem("mode", "auto")</script>'
 _META = re.compile(r'<meta (?:property="og:|name="twitter:|name="description")[^>]*>')
 
 
@@ -84,9 +94,21 @@ def dress_front_door(out: Path, first: str) -> None:
     )
 
 
+def with_options(notebook: NotebookNode, chapter: NotebookNode) -> NotebookNode:
+    """A copy of a notebook whose code cells have the ``mystnb`` options of the chapter's cells of the same code."""
+    code = (cell for cell in chapter.cells if cell.cell_type == "code")
+    options = {cell.source: cell.metadata["mystnb"] for cell in code if "mystnb" in cell.metadata}
+    described = copy.deepcopy(notebook)
+    for cell in described.cells:
+        if cell.cell_type == "code" and cell.source in options:
+            cell.metadata["mystnb"] = options[cell.source]
+    return described
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Sphinx's entry point."""
     app.connect("config-inited", _set_address)
+    app.connect("source-read", _describe)
     app.connect("html-page-context", _dress, priority=900)  # after the theme has made its buttons
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
@@ -95,12 +117,20 @@ def _set_address(app: Any, config: Any) -> None:
     config.html_baseurl = config.html_baseurl or pages_url(config.html_theme_options.get("repository_url", ""))
 
 
+def _describe(app: Any, name: str, source: list[str]) -> None:
+    text = Path(app.srcdir, f"{name}.md")
+    if app.env.doc2path(name).endswith(".ipynb") and text.exists():
+        source[0] = nbformat.writes(with_options(nbformat.reads(source[0], as_version=4), notebooks.from_text(text)))
+
+
 def _dress(app: Any, name: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
     base, site = app.config.html_baseurl, app.config.html_title
     title = re.sub(r"<[^>]*>", "", html.unescape(context.get("title", ""))) or site
     text = description(doctree) or site
     tags = metadata(title, text, f"{base}{name}.html", f"{base}{CARD}", site)
-    context["metatags"] = f"{context.get('metatags', '')}\n{tags}\n"
+    context["metatags"] = f"{context.get('metatags', '')}\n{tags}\n{FIRST_VISIT}\n"
+    # jupyter-book brings thebe, which no button here starts: its settings come twice, a second one is an error.
+    context["script_files"] = [file for file in context["script_files"] if "thebe" not in str(file)]
     sources = [path for suffix in (".md", ".ipynb") if (path := Path(app.srcdir, name + suffix)).exists()]
     context["last_updated"] = last_change(Path(app.srcdir), sources) if sources else None
     if len(sources) == 2:
