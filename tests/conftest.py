@@ -43,6 +43,18 @@ def toybook(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def stored_site(tmp_path_factory):
+    """The folder of the rendered book, built once as `make html` does it, from the stored notebooks."""
+    from ntkbook.publish import site
+
+    root = tmp_path_factory.mktemp("html")
+    shutil.copytree(ROOT / "book", root / "book", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for name in ("_toc.yml", "_config.yml"):
+        shutil.copyfile(ROOT / name, root / name)
+    return site.build(root).parent
+
+
 def copy_book(root, target):
     """A book's own files, without what was built or run."""
     shutil.copytree(root / "book", target / "book", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))

@@ -157,16 +157,12 @@ def scorecard_is_current(root):
 
 
 @pytest.fixture(scope="module", params=["stored", "quick"])
-def pages(request, tmp_path_factory):
+def pages(request):
     """The rendered book: as `make html` makes it from the stored notebooks, and as `make book` from quick runs."""
     if request.param == "quick":
         root, results = request.getfixturevalue("quick")
         return site.build(root, site.stage(root, list(results.values()))).parent
-    root = tmp_path_factory.mktemp("html")
-    shutil.copytree(ROOT / "book", root / "book")
-    for name in ("_toc.yml", "_config.yml"):
-        shutil.copyfile(ROOT / name, root / name)
-    return site.build(root).parent
+    return request.getfixturevalue("stored_site")
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +254,16 @@ def test_every_claim_links_to_a_section_that_is_there(pages):
         assert parsed[page].find(id=anchor), anchor
         if any(claim.chapter == name for claim in claims.CLAIMS):
             assert re.match(r"\d+ (of \d+ claims are reproduced|claims, not evaluated)", line.get_text())
+
+
+def test_every_figure_is_described_in_words(pages):
+    for path in (pages / "book").glob("*.html"):
+        page = BeautifulSoup(path.read_text("utf8"), "html.parser")
+        images = page.select("article img")
+        assert not [image["src"] for image in images if len(image.get("alt", "").split()) < 6], path.name
+        texts = [image["alt"] for image in images if not image["src"].startswith("data:")]
+        assert len(texts) == len(set(texts)), f"{path.name}: two figures with the same words"
+        assert len(texts) >= 3 or path.stem not in CHAPTERS[:-1]
 
 
 def test_a_warning_fails_the_build(toybook, tmp_path):

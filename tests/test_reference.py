@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import ntkbook
-from ntkbook.publish.reference import restructured, signature
+from ntkbook.publish.reference import parameters_apart, restructured, signature
 
 PAGE = (Path(__file__).parents[1] / "book" / "api.md").read_text("utf8")
 
@@ -56,6 +56,14 @@ def test_types_have_the_names_that_the_reference_has():
     assert signature("ntkbook.fisher_vector_product", text) == want
     assert signature("ntkbook.by_layer", "(x: ~torch.Tensor | ~torch.device)") == "(x: Tensor | ~torch.device)"
     assert signature("ntkbook.NTKGP.to", "~ntkbook.moving.Own") == "ntkbook.NTKGP"
+
+
+def test_parameters_are_no_list_of_definitions():
+    long = '<dl>\n<dd><em class="sig-param">x: <dl></em>,</dd>\n<dd><em class="sig-param">y</em>,</dd>\n</dl>\n'
+    fields = '<dl class="field-list">\n<dt>a</dt>\n<dd><em>b</em></dd>\n</dl>\n'
+    want = '<div class="sig-params">\n<div><em class="sig-param">x: <dl></em>,</div>\n'
+    want += '<div><em class="sig-param">y</em>,</div>\n</div>\n'
+    assert parameters_apart(long + fields) == want + fields
 
 
 def test_the_page_names_all_that_is_public():

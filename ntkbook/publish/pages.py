@@ -25,6 +25,7 @@ from ntkbook.publish import notebooks
 CARD = "_static/card.png"
 CARD_SIZE = (1200, 630)
 CARD_ALT = "A network's tangent kernel, conditioned on points of a new sinusoid: mean and 95 % band, beside an RBF's"
+ICON = '<link rel="icon" href="data:,">'  # none: without a word about it, browsers ask the server
 # The theme asks for the mode that is stored, finds none on a first visit, and says so as an error.
 FIRST_VISIT = '<script>localStorage.getItem("mode") || localStorage.setItem("mode", "auto")</script>'
 _META = re.compile(r'<meta (?:property="og:|name="twitter:|name="description")[^>]*>')
@@ -87,7 +88,7 @@ def dress_front_door(out: Path, first: str) -> None:
     (title,) = re.findall(r'<meta property="og:title" content="([^"]*)">', page)
     tags = "\n".join(_META.findall(page))
     (out / "index.html").write_text(
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n{tags}\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n{tags}\n{ICON}\n'
         f'<meta http-equiv="Refresh" content="0; url={first}.html">\n</head>\n'
         f'<body><a href="{first}.html">{title}</a></body>\n</html>\n',
         "utf8",
@@ -128,7 +129,7 @@ def _dress(app: Any, name: str, template: str, context: dict[str, Any], doctree:
     title = re.sub(r"<[^>]*>", "", html.unescape(context.get("title", ""))) or site
     text = description(doctree) or site
     tags = metadata(title, text, f"{base}{name}.html", f"{base}{CARD}", site)
-    context["metatags"] = f"{context.get('metatags', '')}\n{tags}\n{FIRST_VISIT}\n"
+    context["metatags"] = f"{context.get('metatags', '')}\n{tags}\n{ICON}\n{FIRST_VISIT}\n"
     # jupyter-book brings thebe, which no button here starts: its settings come twice, a second one is an error.
     context["script_files"] = [file for file in context["script_files"] if "thebe" not in str(file)]
     sources = [path for suffix in (".md", ".ipynb") if (path := Path(app.srcdir, name + suffix)).exists()]

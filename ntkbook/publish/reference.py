@@ -6,6 +6,7 @@ from typing import Any
 import ntkbook
 
 NAME = re.compile(r"[A-Za-z_][\w.]*")
+_PARAMETERS = re.compile(r"<dl>\n((?:<dd><em class=\"sig-param\".*</dd>\n)+)</dl>")
 
 
 def restructured(lines: list[str]) -> list[str]:
@@ -78,6 +79,20 @@ def _process_signature(
     return arguments and signature(name, arguments), result and signature(name, result)
 
 
+def parameters_apart(body: str) -> str:
+    """A page's HTML with the parameters of long signatures as boxes: Sphinx makes lists of them that define nothing."""
+    return _PARAMETERS.sub(lambda found: f'<div class="sig-params">\n{_as_boxes(found[1])}</div>', body)
+
+
+def _as_boxes(entries: str) -> str:
+    return entries.replace("<dd>", "<div>").replace("</dd>", "</div>")
+
+
+def _dress(app: Any, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    if "body" in context:
+        context["body"] = parameters_apart(context["body"])
+
+
 def _skip(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
     """The fields of a NamedTuple, whose docstring is "Alias for field number 0": its own says what they are."""
     return True if type(obj).__name__ == "_tuplegetter" else None
@@ -87,4 +102,5 @@ def setup(app: Any) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", _process, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", _process_signature)
     app.connect("autodoc-skip-member", _skip)
+    app.connect("html-page-context", _dress)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
