@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.harness import LATE, Limits, guarded, run_case
+from benchmarks.harness import LATE, MEMORY, Limits, guarded, run_case
 from benchmarks.problems import Problem, Settings, problems
 
 
@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None, chosen: Sequence[Problem] | Non
             raise SystemExit(f"{stored} was measured with other settings, {before['machine']}: choose another --out.")
         results = before
     wanted = [part.strip() for part in options.only.split(",") if part.strip()]
-    for problem in problems(options.quick) if chosen is None else chosen:
+    order = problems(options.quick) if chosen is None else chosen
+    for problem in order:
         if wanted and not any(part == problem.group or part in problem.name for part in wanted):
             continue
         if problem.name in results["problems"]:
@@ -65,7 +66,9 @@ def main(arguments: Sequence[str] | None = None, chosen: Sequence[Problem] | Non
             return run_case(problem.build(settings), options.repeats, limits, say, beyond)
 
         done = guarded(run, found)
-        results["problems"][problem.name] = found if done is None else done
+        measured = {**results["problems"], problem.name: found if done is None else done}
+        places = {known.name: place for place, known in enumerate(order)}
+        results["problems"] = dict(sorted(measured.items(), key=lambda item: places.get(item[0], len(places))))
         report.write(results, options.out)
     print(f"{options.out / 'table.md'}, {options.out / 'plot.svg'}")
     return results
@@ -77,7 +80,7 @@ def too_slow(name: str, problems: dict[str, Any]) -> dict[str, str]:
     for other, result in problems.items():
         if other.partition(", n =")[0] == family and "vectors" not in name:
             for row in result.get("rows", ()):
-                if row.get("reason", "").startswith((LATE, "out of memory")):
+                if row.get("reason", "").startswith((LATE, MEMORY)):
                     found[row["name"]] = f'not tried: {row["reason"]} in "{other}"'
     return found
 

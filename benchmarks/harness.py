@@ -19,6 +19,7 @@ from ntkbook.experiments.products import measure
 
 PROBES = 2000  # entries of the full answer that are compared with ours
 LATE = "more than"  # how the reason of what exceeds the time limit begins
+MEMORY = "out of memory"  # and of what exceeds that of memory
 
 
 class Skipped(Exception):
@@ -218,9 +219,9 @@ def guarded(call: Callable[[], Any], entry: dict[str, Any]) -> Any:
         text = str(problem).strip().partition("\n")[0][:200]
         size = re.search(r"allocat\w+ (?:memory: you tried to allocate )?(\d+)", text)
         if size:
-            entry["reason"] = f"out of memory: {int(size[1]) / 1e9:.1f} GB at once"
+            entry["reason"] = f"{MEMORY}: {int(size[1]) / 1e9:.1f} GB at once"
         elif isinstance(problem, MemoryError):
-            entry["reason"] = f"out of memory: {text}"
+            entry["reason"] = f"{MEMORY}: {text}"
         else:
             entry["reason"] = f"{type(problem).__name__}: {text}"
     gc.collect()

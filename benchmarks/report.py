@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from benchmarks.harness import LATE, MEMORY
 from ntkbook.publish import figures
 
 # Okabe and Ito's, and three more
@@ -64,7 +65,7 @@ def time(seconds: float) -> str:
 
 
 def plot(results: dict[str, Any]) -> str:
-    """SVG: a line of dots a problem, time relative to ours on a log scale, and the floor."""
+    """SVG: a line of dots a problem, time relative to ours on a log scale, the floor, and how many passed a limit."""
     figures.style()
     shown = {name: found for name, found in results["problems"].items() if found.get("floor_ratio")}
     styles: dict[str, dict[str, Any]] = {}
@@ -72,6 +73,9 @@ def plot(results: dict[str, Any]) -> str:
     figure, ax = plt.subplots(figsize=(7, 1.6 + 0.27 * len(shown)))
     for y, found in enumerate(shown.values()):
         ax.plot(found["floor_ratio"], y, "|", color=figures.TRUTH, markersize=11, label="floor" if y == 0 else None)
+        beyond = sum(any(limit in row.get("reason", "") for limit in (LATE, MEMORY)) for row in found["rows"])
+        if beyond:
+            ax.text(1.01, y, f"{beyond} over a limit", transform=ax.get_yaxis_transform(), fontsize=7, va="center")
         for row in found["rows"]:
             if "ratio" not in row:
                 continue

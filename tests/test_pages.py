@@ -5,7 +5,6 @@ import struct
 import subprocess
 from pathlib import Path
 
-import nbformat
 import pytest
 from docutils import nodes
 from docutils.utils import new_document
@@ -94,28 +93,6 @@ def test_the_front_door_has_the_card_of_the_first_page(tmp_path):
     assert all(tag in text for tag in tags.splitlines())
     assert "<title>Title</title>" in text
     assert 'content="0; url=book/index.html"' in text
-
-
-def test_a_stored_notebook_takes_the_options_of_the_present_text():
-    def code(source, **metadata):
-        return nbformat.v4.new_code_cell(source, metadata=metadata)
-
-    old, new = {"image": {"alt": "old"}}, {"image": {"alt": "new"}}
-    stored = nbformat.v4.new_notebook(
-        cells=[
-            code("p = 2", tags=["injected-parameters"]),
-            code("draw()", tags=["hide-input"], mystnb=old),
-            code("changed()", mystnb=old),
-            nbformat.v4.new_markdown_cell("draw()"),
-        ]
-    )
-    chapter = nbformat.v4.new_notebook(cells=[code("p = 1"), code("draw()", mystnb=new), code("change()", mystnb=new)])
-    shown = pages.with_options(stored, chapter)
-    assert [cell.metadata for cell in shown.cells] == [
-        {"tags": ["injected-parameters"]}, {"tags": ["hide-input"], "mystnb": new}, {"mystnb": old}, {}
-    ]  # fmt: skip
-    assert [cell.source for cell in shown.cells] == [cell.source for cell in stored.cells]
-    assert stored.cells[1].metadata["mystnb"] == old
 
 
 def size(path):

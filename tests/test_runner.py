@@ -166,6 +166,27 @@ def test_new_prose_is_stored_without_a_new_run(copied):
     assert len(shown.cells) == len(after.cells) + 1
 
 
+def test_the_text_alone_is_stored_where_the_code_is_the_same(copied):
+    chapter, stored = copied / "book" / "01_toy.md", copied / "book" / "01_toy.ipynb"
+    (copied / "requirements.lock").write_text("torch==0\n", "utf8")  # a run would not be fresh
+    before, text = notebooks.read(stored), chapter.read_text("utf8")
+    described = ":tags: [hide-input]\n:mystnb: {image: {alt: a line}}"
+    chapter.write_text(text.replace("# A toy", "# Another").replace(":tags: [hide-input]", described, 1), "utf8")
+    assert runner.store_text(copied, ["01"]) == [stored]
+    after = notebooks.read(stored)
+    assert after.cells[0].source.startswith("# Another")
+    assert [cell.get("outputs") for cell in after.cells] == [cell.get("outputs") for cell in before.cells]
+    assert [cell.metadata["mystnb"] for cell in after.cells if "mystnb" in cell.metadata] == [
+        {"image": {"alt": "a line"}}
+    ]
+    chapter.write_text(text + "\n```{code-cell} ipython3\n1 + 1\n```\n", "utf8")
+    with pytest.raises(ValueError, match=r"01_toy\.ipynb has other code: run `ntkbook store 01_toy`"):
+        runner.store_text(copied, ["01"])
+    stored.unlink()
+    with pytest.raises(ValueError, match=r"01_toy\.ipynb is not there"):
+        runner.store_text(copied, ["01"])
+
+
 def test_a_fingerprint_sees_what_a_run_depends_on(copied, monkeypatch):
     nb = notebooks.from_text(copied / "book" / "01_toy.md")
 

@@ -84,9 +84,18 @@ def run(
 
 
 @app.command()
-def store(chapters: Chapters = None, force: Force = False, quiet: Quiet = False) -> None:
+def store(
+    chapters: Chapters = None,
+    text: Annotated[bool, typer.Option("--text", help="Only bring stored prose up to date; execute nothing.")] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
     """Execute chapters with their default parameters and write them with outputs into book/; and launch/ anew."""
     root = runner.find_root()
+    if text:
+        runner.store_text(root, chapters or ())
+        launched.write(root)
+        return
     results = runner.store(root, chapters or (), force=force, progress=not quiet)
     launched.write(root)
     _exit_if_failed(results)

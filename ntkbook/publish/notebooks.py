@@ -40,16 +40,23 @@ def strip(nb: NotebookNode) -> NotebookNode:
     return NotebookNode(nbformat.from_dict({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}))
 
 
-def with_outputs(bare: NotebookNode, executed: NotebookNode) -> NotebookNode:
-    """A chapter's present text with the outputs of a run of the same code, so that rewording needs no new run.
+def sources(nb: NotebookNode) -> list[str]:
+    """The sources of a chapter's code cells, without those of parameters that papermill injected."""
+    cells = (cell for cell in nb.cells if cell.cell_type == "code")
+    return [cell.source for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
 
-    The cell of parameters that papermill injected is kept after the chapter's own.
+
+def with_outputs(bare: NotebookNode, executed: NotebookNode) -> NotebookNode:
+    """A chapter's present text and cells' options with the outputs of a run of the same code.
+
+    So rewording needs no new run, nor do the figures' alternative texts, which are options
+    (``mystnb: {image: {alt: …}}``). The cell of parameters that papermill injected is kept after the chapter's own.
     """
     code = [cell for cell in executed.cells if cell.cell_type == "code"]
     cells = []
     for cell in bare.cells:
         if cell.cell_type == "code":
-            cells.append(code.pop(0))
+            cells.append(NotebookNode({**code.pop(0), "metadata": cell.metadata}))
             if code and "injected-parameters" in code[0].metadata.get("tags", []):
                 cells.append(code.pop(0))
         else:

@@ -1,13 +1,9 @@
 """A Sphinx extension for what every page of the book carries: social-card metadata, its date, its downloads.
 
-Figures in chapters have their alternative texts from the chapter's text, where a cell's options say them
-(``mystnb: {image: {alt: …}}``): rewording one needs no new run.
-
 The repository's address stands in one place that is read, ``repository: url`` of ``_config.yml``; where the pages lie
 follows from it (a test compares all other mentions).
 """
 
-import copy
 import html
 import re
 import shutil
@@ -16,11 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import nbformat
 from docutils import nodes
-from nbformat import NotebookNode
-
-from ntkbook.publish import notebooks
 
 CARD = "_static/card.png"
 CARD_SIZE = (1200, 630)
@@ -95,33 +87,15 @@ def dress_front_door(out: Path, first: str) -> None:
     )
 
 
-def with_options(notebook: NotebookNode, chapter: NotebookNode) -> NotebookNode:
-    """A copy of a notebook whose code cells have the ``mystnb`` options of the chapter's cells of the same code."""
-    code = (cell for cell in chapter.cells if cell.cell_type == "code")
-    options = {cell.source: cell.metadata["mystnb"] for cell in code if "mystnb" in cell.metadata}
-    described = copy.deepcopy(notebook)
-    for cell in described.cells:
-        if cell.cell_type == "code" and cell.source in options:
-            cell.metadata["mystnb"] = options[cell.source]
-    return described
-
-
 def setup(app: Any) -> dict[str, Any]:
     """Sphinx's entry point."""
     app.connect("config-inited", _set_address)
-    app.connect("source-read", _describe)
     app.connect("html-page-context", _dress, priority=900)  # after the theme has made its buttons
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
 def _set_address(app: Any, config: Any) -> None:
     config.html_baseurl = config.html_baseurl or pages_url(config.html_theme_options.get("repository_url", ""))
-
-
-def _describe(app: Any, name: str, source: list[str]) -> None:
-    text = Path(app.srcdir, f"{name}.md")
-    if app.env.doc2path(name).endswith(".ipynb") and text.exists():
-        source[0] = nbformat.writes(with_options(nbformat.reads(source[0], as_version=4), notebooks.from_text(text)))
 
 
 def _dress(app: Any, name: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:

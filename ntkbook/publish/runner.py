@@ -177,6 +177,27 @@ def store(root: Path, wanted: Iterable[str] = (), *, force: bool = False, progre
     return run(root, ordered, force=force, progress=progress, after=keep)
 
 
+def store_text(root: Path, wanted: Iterable[str] = ()) -> list[Path]:
+    """Bring the prose of stored notebooks up to their chapters' and execute nothing: outputs and cards stay.
+
+    Raises:
+        ValueError: a chapter has no stored notebook, or other code than it; before any is written.
+    """
+    from ntkbook.publish import notebooks
+
+    made = {}
+    for name in select(root, wanted):
+        path, bare = root / "book" / f"{name}.ipynb", bare_notebook(root, name)
+        stored = notebooks.read(path) if path.exists() else None
+        if stored is None or notebooks.sources(stored) != notebooks.sources(bare):
+            told = "has other code" if stored else "is not there"
+            raise ValueError(f"{path.relative_to(root)} {told}: run `ntkbook store {name}`, which executes the chapter")
+        made[path] = notebooks.with_outputs(bare, stored)
+    for path, nb in made.items():
+        notebooks.write(nb, path)
+    return list(made)
+
+
 def finished(root: Path, result: Result) -> Any:
     """The notebook to show for a run: its outputs under the chapter's present prose."""
     from ntkbook.publish import notebooks
