@@ -145,12 +145,10 @@ def test_mathematics_is_typeset(page):
 
 
 def test_every_image_says_what_it_shows(page):
-    for image in page.locator("main img").all():
-        words = image.get_attribute("alt") or ""
-        assert len(words) > 5, image.get_attribute("src")
-        assert "_images/" not in words
-    for drawing in page.locator(".ntk-live .main-svg, .ntk-play svg").all():
-        assert drawing.evaluate("(svg) => svg.closest('[aria-label]')?.ariaLabel.length > 20")
+    words = page.locator("main img").evaluate_all("(all) => all.map((image) => image.alt)")
+    named = "(all) => all.map((svg) => svg.closest('[aria-label]')?.ariaLabel ?? '')"
+    words += page.locator(".ntk-live .main-svg, .ntk-play svg").evaluate_all(named)
+    assert [text for text in words if len(text) <= 5 or "_images/" in text] == []
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
@@ -287,12 +285,12 @@ def test_the_figure_to_play_with_works_from_a_file_and_by_keys_alone(browser, st
 
         start, curve = observations(), play.locator(".mean.ntk")
         play.get_by_role("button").first.focus()
-        for button in play.locator("[data-network]").all():
+        for button in play.locator("[data-network]").all()[1:]:
             before = curve.get_attribute("d")
             tab_to(button)
             page.keyboard.press("Enter")
             assert button.get_attribute("aria-pressed") == "true"
-            assert curve.get_attribute("d") != before or button == play.locator("[data-network]").first
+            assert curve.get_attribute("d") != before
         tab_to(play.locator(".ground"))
         page.keyboard.press("ArrowRight")
         page.keyboard.press("Enter")
