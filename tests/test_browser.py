@@ -47,7 +47,7 @@ PALE = """() => {
   };
   const solid = (text) => /^rgb/.test(text) && (rgba(text)[3] ?? 1) > 0.5;
   const ground = (text) => {
-    const box = text.parentElement.querySelector(":scope > rect");
+    const box = text.parentElement.querySelector(":scope > .updatemenu-item-rect");
     const { fill, fillOpacity } = box ? getComputedStyle(box) : {};
     if (box && solid(fill) && fillOpacity > 0.5) return fill;
     let node = text.closest("div");
