@@ -193,9 +193,11 @@ def test_interactive_figures_live(page):
 def hovered(page, box):
     """What Plotly shows beside the pointer, somewhere on two lines across the plot."""
     area = box.locator(".nsewdrag").first.bounding_box()
-    for part in [(0.5, i / 20) for i in range(1, 20)] + [(i / 20, i / 20) for i in range(1, 20)]:
+    parts = [(0.5, i / 20) for i in range(1, 20)] + [(i / 20, i / 20) for i in range(1, 20)]
+    # Plotly looks at most every 50 ms; a busy machine takes its time
+    for part, pause in [(part, pause) for pause in (70, 500) for part in parts]:
         page.mouse.move(area["x"] + part[0] * area["width"], area["y"] + part[1] * area["height"])
-        page.wait_for_timeout(70)  # Plotly looks at most every 50 ms
+        page.wait_for_timeout(pause)
         shown = box.locator(".hovertext").all_text_contents()
         if shown:
             page.mouse.move(0, 0)
