@@ -11,7 +11,6 @@ try:
     import yaml
 
     from ntkbook.publish import compare as comparison
-    from ntkbook.publish import launch as launched
     from ntkbook.publish import listing, runner, scorecard, site
 except ImportError as missing:
     raise SystemExit(
@@ -91,6 +90,8 @@ def store(
     quiet: Quiet = False,
 ) -> None:
     """Execute chapters with their default parameters and write them with outputs into book/; and launch/ anew."""
+    from ntkbook.publish import launch as launched
+
     root = runner.find_root()
     if text:
         runner.store_text(root, chapters or ())
@@ -177,6 +178,8 @@ def cite(
 @app.command()
 def launch() -> None:
     """Write launch/: chapters for Colab and Binder, which first install what they need."""
+    from ntkbook.publish import launch as launched
+
     print(*launched.write(runner.find_root()), sep="\n")
 
 
