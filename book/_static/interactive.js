@@ -26,6 +26,7 @@
 
   function draw(box) {
     const figure = JSON.parse(box.querySelector('script[type="application/json"]').textContent);
+    for (const trace of figure.data) if (trace.type === "heatmap") trace.hoverongaps = false; // nothing to say there
     const live = document.createElement("div");
     live.className = "ntk-live";
     box.appendChild(live);
