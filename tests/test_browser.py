@@ -192,10 +192,12 @@ def test_interactive_figures_live(page):
 
 def hovered(page, box):
     """What Plotly shows beside the pointer, somewhere on two lines across the plot."""
-    area = box.locator(".nsewdrag").first.bounding_box()
+    plot = box.locator(".nsewdrag").first
     parts = [(0.5, i / 20) for i in range(1, 20)] + [(i / 20, i / 20) for i in range(1, 20)]
     # Plotly looks at most every 50 ms; a busy machine takes its time
     for part, pause in [(part, pause) for pause in (70, 500) for part in parts]:
+        plot.scroll_into_view_if_needed()  # what is drawn above may have moved it
+        area = plot.bounding_box()
         page.mouse.move(area["x"] + part[0] * area["width"], area["y"] + part[1] * area["height"])
         page.wait_for_timeout(pause)
         shown = box.locator(".hovertext").all_text_contents()
