@@ -47,9 +47,6 @@ PALE = """() => {
   };
   const solid = (text) => /^rgb/.test(text) && (rgba(text)[3] ?? 1) > 0.5;
   const ground = (text) => {
-    const box = text.parentElement.querySelector(":scope > .updatemenu-item-rect");
-    const { fill, fillOpacity } = box ? getComputedStyle(box) : {};
-    if (box && solid(fill) && fillOpacity > 0.5) return fill;
     let node = text.closest("div");
     while (node && !solid(getComputedStyle(node).backgroundColor)) node = node.parentElement;
     return getComputedStyle(node || document.body).backgroundColor;
@@ -215,17 +212,37 @@ def picture(box):
 
 
 def steer(page, box):
-    """Move the slider to its other end, or choose another item of the menu, or click a name in the legend."""
-    rail, menu = box.locator(".slider-rail-touch-rect"), box.locator(".updatemenu-header")
-    if rail.count():
-        place = rail.bounding_box()
-        active = box.locator(".ntk-live").evaluate("(plot) => plot._fullLayout.sliders[0].active")
-        page.mouse.click(place["x"] + place["width"] * (0.02 if active else 0.98), place["y"] + place["height"] / 2)
-    elif menu.count():
-        menu.click()
-        box.locator(".updatemenu-dropdown-button").nth(1).click()
+    """By keys alone: move the slider, or choose another item of the menu, or hide a name of the legend."""
+    first = box.locator(".ntk-controls :is(input, select), .legendtoggle").first
+    assert first.get_attribute("role") == "button" or first.locator("xpath=ancestor::label").inner_text().strip()
+    first.focus()
+    if first.get_attribute("role") == "button":
+        page.keyboard.press("Enter")
     else:
-        box.locator(".legendtoggle").first.click()
+        page.keyboard.press("ArrowUp" if first.evaluate("(one) => one.value === one.max") else "ArrowDown")
+
+
+def test_a_readers_choice_in_a_figure_outlives_a_change_of_mode(page):
+    """The slider's, and what is hidden in the legend; and the legend keeps the focus."""
+    if not page.locator(".ntk-interactive").count():
+        pytest.skip("no interactive figure on this page")
+    box = page.locator(".ntk-interactive").first
+    shown = "(plot) => plot._fullData.map((trace) => trace.visible)"
+    plot = box.locator(".ntk-live").element_handle()
+    steer(page, box)
+    if toggles := box.locator(".legendtoggle").count():
+        toggle = box.locator(".legendtoggle").nth(toggles - 1)
+        toggle.focus()
+        page.keyboard.press(" ")
+        page.wait_for_function("(plot) => plot._fullData.some((trace) => trace.visible === 'legendonly')", arg=plot)
+        page.wait_for_function("() => document.activeElement.matches('.legendtoggle[aria-pressed=false]')")
+    before = plot.evaluate(shown)
+    in_mode(page, "dark")
+    page.wait_for_function("(plot) => plot._fullLayout.font.color === '#e6e6e6'", arg=plot)
+    assert plot.evaluate(shown) == before
+    if toggles:
+        page.keyboard.press("Enter")
+        page.wait_for_function("(plot) => !plot._fullData.some((trace) => trace.visible === 'legendonly')", arg=plot)
 
 
 def test_a_figure_is_printed_as_its_static_twin(page):

@@ -92,7 +92,7 @@ def test_a_stored_notebook_is_right(toybook):
         ('"verdict\\": \\"reproduced', '"verdict\\": \\"partly'),  # the stored verdict
         ('"low\\": -', '"low\\": -7'),  # one stored number, which changes the verdict
         ('"high\\": ', '"high\\": 7'),  # one that does not
-        ('"criterion\\": \\"> -1', '"criterion\\": \\"> -2'),
+        ('"criterion\\": \\"> −1', '"criterion\\": \\"> −2'),
         ("'reproduced'", "'not reproduced'"),  # what the prose quotes
         (">reproduced</span>", ">partly</span>"),  # what the page shows
     ],

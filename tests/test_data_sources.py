@@ -161,7 +161,7 @@ def test_the_banner_says_which_data_and_stand_ins_say_so():
         "rain", "real", "rain at 2 stations", 2, "0123456789abcdef", "public domain", "me", "https://x.org"
     )
     assert real.banner() == (
-        "**Data (real):** rain at 2 stations. 2 files, sha256 `0123456789ab…`. public domain. [Source](https://x.org)."
+        "**Data (real):** rain at 2 stations. 2 files, sha256 `0123456789ab…`. Licence: public domain. [Source](https://x.org)."
     )
     assert not real.is_stand_in
     for source in ("embedded", "made-up"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from bs4 import BeautifulSoup
 
-from ntkbook.publish import claims, scorecard
+from ntkbook.publish import claims, rendering, scorecard
 from ntkbook.publish.verdicts import Claim, make_record
 
 TOY = Claim("toy-mean", "01_toy", "Section 0", "The mean is large.", "mean", ">", -1.0)
@@ -29,28 +29,16 @@ def test_entries_are_json_and_say_where_a_value_comes_from(found, toybook):
     assert toy.keys() == nowhere.keys()
     stored = claims.collect(toybook / "book" / "01_toy.ipynb")["toy-mean"]
     assert [toy[key] for key in ("place", "criterion", "value", "low", "high", "text", "verdict")] == [
-        "Section 0", "> -1", stored.value, stored.low, stored.high, stored.text, "reproduced",
+        "Section 0", "> −1", stored.value, stored.low, stored.high, stored.text, "reproduced",
     ]  # fmt: skip
     card = json.loads((toybook / "book" / "results" / "01_toy.card.json").read_text("utf8"))
     assert toy["hardware"] == card["device"]
     assert toy["data"] == "Draws of a normal distribution."
-    assert toy["link"] == "01_toy.html"  # the toy chapter has no sections
-    assert toy["cell"] == 7
+    assert (toy["link"], toy["cell"]) == ("01_toy.html#claim-toy-mean", 7)
+    assert nowhere["link"] == "01_toy.html"  # there is no row to lead to
     assert [nowhere[key] for key in ("value", "text", "hardware", "cell", "verdict", "paper_value")] == [
         None, "not measured", None, None, "not evaluated", "no more than 3",
     ]  # fmt: skip
-
-
-def test_a_claim_links_to_the_section_that_measures_it(toybook, tmp_path):
-    nb = json.loads((toybook / "book" / "01_toy.ipynb").read_text("utf8"))
-    text = {"cell_type": "markdown", "metadata": {}, "source": ["## Wholly other\n", "\n", "## What came, & why\n"]}
-    nb["cells"].insert(-2, text)
-    (tmp_path / "book").mkdir()
-    notebook = tmp_path / "book" / "01_toy.ipynb"
-    notebook.write_text(json.dumps(nb), "utf8")
-    assert scorecard.measured_in(notebook)["toy-mean"] == ("#what-came-why", 7)
-    (toy,) = scorecard.entries(tmp_path, claims=(TOY,))
-    assert (toy["link"], toy["hardware"]) == ("01_toy.html#what-came-why", None)  # no card there
 
 
 def test_one_line_for_all_verdicts():
@@ -60,7 +48,7 @@ def test_one_line_for_all_verdicts():
 
 
 def test_page_and_terminal_show_the_same_data(found):
-    rows = BeautifulSoup(scorecard.as_html(found), "html.parser").select("tbody tr")
+    rows = BeautifulSoup(rendering.as_html(found), "html.parser").select("tbody tr")
     blocks = scorecard.as_text(found).split("\n")
     assert blocks[-1] == "1 of 2 claims are reproduced, 1 not evaluated."
     assert len(rows) == len(found)
@@ -88,10 +76,12 @@ def test_the_stored_scorecard_is_that_of_the_stored_chapter(toybook):
     found = scorecard.entries(toybook, claims=own)
     assert found[0]["hardware"]
     page = (toybook / "book" / "07_scorecard.ipynb").read_text("utf8")
-    assert json.dumps(scorecard.as_html(found), ensure_ascii=False)[1:-1] in page
+    assert json.dumps(rendering.as_html(found), ensure_ascii=False)[1:-1] in page
     glued = claims.glued(toybook / "book" / "07_scorecard.ipynb")
     assert glued["scorecard-summary"]["text/plain"] == "'1 of 1 claims are reproduced'"
-    assert glued["scorecard-01_toy"]["text/html"] == f"1 {claims.badge('reproduced')}"
+    assert glued["scorecard-01_toy"]["text/html"].endswith(f"1 {rendering.badge('reproduced')}")
+    assert "A toy chapter" in glued["scorecard-overview"]["text/html"]
+    assert [glued[f"scorecard-{key}"]["text/plain"] for key in ("inconclusive", "implied")] == ["'0'", "'0'"]
 
 
 SORTING = """
@@ -132,7 +122,7 @@ def test_a_reader_sorts_the_table(tmp_path):
         verdict = make_record(claim, value, low, high, data, "cpu", 3).verdict
         (entry,) = scorecard.entries(tmp_path, claims=(claim,))
         found.append({**entry, "verdict": verdict})
-    table = scorecard.as_html(found)
+    table = rendering.as_html(found)
     for name in "abcde":
         table = table.replace("<tr><td", f'<tr id="{name}"><td', 1)
     (tmp_path / "sortable.js").write_text(SORTABLE_JS.read_text("utf8"), "utf8")
@@ -156,7 +146,7 @@ def test_a_reader_sorts_the_table(tmp_path):
         "claim": "cdeba",
         "again": "abedc",
         "state": "claim descending",
-        "choices": ["their order in the book", "claim", "place", "chapter", "verdict"],
+        "choices": ["their order in the book", "verdict", "claim", "place", "chapter"],
         "chosen": "becad",
         "now": "verdict ascending",
         "back": "abcde",

@@ -18,11 +18,8 @@ from ntkbook.publish.figures import CONTEXT, METHOD, TRUTH
 from ntkbook.publish.pages import CARD, CARD_SIZE
 
 DPI = 100
-TITLE = "Linearised networks, reproduced"
-WORDS = (
-    "Does what a network has learnt transfer by its tangent kernel?\n"
-    "The claims of a paper, put to the test, figure by figure"
-)
+TITLE = "Linearised networks, put to the test"
+WORDS = "Does what a network has learnt transfer by its tangent kernel?\nEvery claim of a paper, figure by figure"
 
 
 def curves(notebook: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ the verdict by one rule, shows it, and stores it in the executed notebook, whenc
 (``{glue:text}`claim-id` ``, ``{glue:text}`claim-id-verdict` ``) and :func:`collect` reads it back.
 """
 
-import html
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ntkbook.publish.criteria import CLAIMS
+from ntkbook.publish.rendering import row_html
 from ntkbook.publish.verdicts import Claim, Record, make_record
 
 MIME_PREFIX = "application/papermill.record/"  # what myst_nb puts before the type of a glued output that is hidden
@@ -116,27 +116,6 @@ def outputs(notebook: str | Path | Mapping[str, Any]) -> list[dict[str, Any]]:
     """The outputs of an executed notebook that carry data, in the order of its cells."""
     nb = notebook if isinstance(notebook, Mapping) else json.loads(Path(notebook).read_text("utf8"))
     return [output for cell in nb["cells"] for output in cell.get("outputs", []) if "data" in output]
-
-
-def badge(verdict: str) -> str:
-    """A verdict as HTML, coloured by the book's style sheet."""
-    return f'<span class="verdict verdict-{verdict.replace(" ", "-")}">{verdict}</span>'
-
-
-def row_html(claim: Claim, result: Record) -> str:
-    """The row that :func:`record` shows."""
-    paper = claim.paper_value or "no number given"
-    cells = [
-        ("claim", html.escape(claim.sentence) + f" <small>{html.escape(claim.place)}</small>"),
-        ("measured", html.escape(claim.quantity) + f"; criterion {html.escape(claim.criterion)}"),
-        ("paper", html.escape(paper)),
-        ("here (95 % interval)", f"{result.text} <small>n = {result.n}, profile {result.profile}</small>"),
-        ("data", html.escape(result.description)),
-        ("verdict", badge(result.verdict) + (f" <small>{html.escape(result.note)}</small>" if result.note else "")),
-    ]
-    head = "".join(f"<th>{name}</th>" for name, _ in cells)
-    body = "".join(f'<td data-label="{name}">{text}</td>' for name, text in cells)
-    return f'<table class="claims"><thead><tr>{head}</tr></thead><tbody><tr>{body}</tr></tbody></table>'
 
 
 class Bundle:

@@ -37,7 +37,7 @@ METHOD = {
     "ntk": Method("NTK", "#0072B2"),
     "ntk_fitted": Method("NTK, s² and σ² fitted", "#56B4E9", "--", "s"),
     "ntk_untrained": Method("NTK of the untrained network", "#7F7F7F", ":", "^"),
-    "rbf": Method("RBF GP a task", "#D55E00", "-", "D"),
+    "rbf": Method("RBF GP per task", "#D55E00", "-", "D"),
     "rbf_shared": Method("RBF GP, shared", "#E69F00", "--", "v"),
     "ablr": Method("ABLR", "#009E73", "-", "P"),
     "source": Method("network, not adapted", "#000000", ":", "x"),

@@ -1,7 +1,6 @@
 """What the command line lists: chapters, and a chapter's parameters."""
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -23,8 +22,12 @@ def profiles(root: Path, chapter: str) -> list[str]:
 
 def chapters_text(root: Path) -> str:
     """Every chapter with its title and profiles."""
+    from ntkbook.publish import notebooks
+
     names = runner.chapters(root)
-    rows = [[name, title(runner.bare_notebook(root, name)), ", ".join(profiles(root, name))] for name in names]
+    rows = [
+        [name, notebooks.title(runner.bare_notebook(root, name)), ", ".join(profiles(root, name))] for name in names
+    ]
     return columns([["chapter", "title", "profiles"], *rows])
 
 
@@ -34,19 +37,19 @@ def parameters_text(root: Path, wanted: str) -> str:
     Raises:
         ValueError: no such chapter.
     """
+    from ntkbook.publish import notebooks
+
     (name,) = runner.select(root, [wanted])
     nb = runner.bare_notebook(root, name)
     changes = {profile: runner.checked_profile(root, profile, name, nb) for profile in profiles(root, name)}
-    lines = [f"{name}: {title(nb)}", "The defaults are the cpu profile; change them with --params 'NAME: value'.", ""]
+    lines = [
+        f"{name}: {notebooks.title(nb)}",
+        "The defaults are the cpu profile; change them with --params 'NAME: value'.",
+        "",
+    ]
     for parameter in parameters(nb):
         key = parameter.name
         others = [f"{profile}: {values[key]!r}" for profile, values in changes.items() if key in values]
         lines += [f"{key}: {parameter.kind} = {parameter.default}"]
         lines += [f"    {text}" for text in (parameter.comment, "; ".join(others)) if text]
     return "\n".join(lines)
-
-
-def title(nb: Any) -> str:
-    """A chapter's title; empty where it has none."""
-    lines = [line for cell in nb.cells if cell.cell_type == "markdown" for line in cell.source.splitlines()]
-    return next((line[2:].strip() for line in lines if line.startswith("# ")), "")

@@ -64,6 +64,17 @@ def with_outputs(bare: NotebookNode, executed: NotebookNode) -> NotebookNode:
     return strip(NotebookNode({**bare, "cells": cells}))
 
 
+def is_summary(nb: NotebookNode) -> bool:
+    """Whether a chapter sums the others up, as ``ntkbook: {summary: true}`` in its front matter says."""
+    return bool(nb.metadata.get("ntkbook", {}).get("summary"))
+
+
+def title(nb: NotebookNode) -> str:
+    """A chapter's title; empty where it has none."""
+    lines = [line for cell in nb.cells if cell.cell_type == "markdown" for line in cell.source.splitlines()]
+    return next((line[2:].strip() for line in lines if line.startswith("# ")), "")
+
+
 def read(path: str | Path) -> NotebookNode:
     """A notebook from a file."""
     return nbformat.read(path, as_version=4)  # pyright: ignore[reportReturnType]

@@ -47,8 +47,8 @@ def last_change(folder: Path, files: list[Path]) -> str | None:
     None where that cannot be known: outside git, in a shallow clone, for files that git does not have.
     """
     try:
-        shallow = _git(folder, "rev-parse", "--is-shallow-repository")
-        told = _git(folder, "log", "-1", "--format=%cs", "--", *map(str, files)) if shallow == "false" else ""
+        shallow = git(folder, "rev-parse", "--is-shallow-repository")
+        told = git(folder, "log", "-1", "--format=%cs", "--", *map(str, files)) if shallow == "false" else ""
     except (OSError, subprocess.CalledProcessError):
         return None
     return told or None
@@ -125,6 +125,7 @@ def _add_text_download(app: Any, name: str, text: Path, context: dict[str, Any])
             group["buttons"].insert(1, button)
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def git(folder: Path, *arguments: str) -> str:
+    """What a git command says in a folder; OSError or CalledProcessError where it cannot be asked."""
     told = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
     return told.stdout.strip()

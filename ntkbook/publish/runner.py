@@ -3,16 +3,10 @@
 import difflib
 import hashlib
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +15,7 @@ import yaml
 from ntkbook.publish import results
 from ntkbook.publish.claims import collect, collect_data
 from ntkbook.publish.parameters import ParameterError, check_parameters
-
-PACKAGES = ("ntkbook", "torch", "gpytorch", "linear_operator", "botorch", "numpy", "matplotlib", "papermill")
-NOT_IN_A_CHAPTER = {  # of publish: they only run it
-    "runner.py", "site.py", "cli.py", "execution.py", "parameters.py", "sweep.py", "cluster.py", "compare.py",
-    "listing.py", "results.py",
-    "pages.py", "launch.py", "card.py", "citing.py", "reference.py", "status.py",
-}  # fmt: skip
+from ntkbook.publish.runcard import as_json, commit, fingerprint, is_fresh, run_card
 
 
 class Interrupted(Exception):
@@ -161,7 +149,9 @@ def store(root: Path, wanted: Iterable[str] = (), *, force: bool = False, progre
     from ntkbook.publish import notebooks
 
     names = select(root, wanted)
-    summaries = [name for name in chapters(root) if _is_summary(notebooks.from_text(root / "book" / f"{name}.md"))]
+    summaries = [
+        name for name in chapters(root) if notebooks.is_summary(notebooks.from_text(root / "book" / f"{name}.md"))
+    ]
 
     def keep(result: Result) -> None:
         if result.status == "failed":
@@ -171,7 +161,7 @@ def store(root: Path, wanted: Iterable[str] = (), *, force: bool = False, progre
         del card["fingerprint"]  # of this machine
         path = root / "book" / "results" / f"{result.chapter}.card.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(_json(card), "utf8")
+        path.write_text(as_json(card), "utf8")
 
     ordered = [name for name in names if name not in summaries] + summaries
     return run(root, ordered, force=force, progress=progress, after=keep)
@@ -281,6 +271,7 @@ def run_one(
     results.clear(folder)
     notebook = folder / "notebook.ipynb"
     start, status, error, peak = time.monotonic(), "interrupted", "", None
+    state = commit(root, name)
     try:
         peak = execute(nb, notebook, values, cwd=root / "book", name=label or name, progress=progress)
         status = "done"
@@ -288,96 +279,10 @@ def run_one(
         status, error = "failed", str(failure)
     finally:
         result = Result(name, folder, status, time.monotonic() - start, peak, error)
-        _describe(root, result, profile, values, mark)
+        data: dict[str, Any] = {}
+        if notebook.exists():
+            data = collect_data(notebook)
+            (folder / "claims.json").write_text(as_json({k: asdict(v) for k, v in collect(notebook).items()}), "utf8")
+        card = {**run_card(result, profile, values, data, state), "fingerprint": mark}
+        (folder / "card.json").write_text(as_json(card), "utf8")
     return result
-
-
-def _describe(root: Path, result: Result, profile: str, values: dict[str, Any], mark: str) -> None:
-    """Write a run's claims and card."""
-    folder, notebook = result.folder, result.notebook
-    if notebook.exists():
-        (folder / "claims.json").write_text(_json({k: asdict(v) for k, v in collect(notebook).items()}), "utf8")
-    card = run_card(root, result, profile, values, collect_data(notebook) if notebook.exists() else {})
-    (folder / "card.json").write_text(_json({**card, "fingerprint": mark}), "utf8")
-
-
-def run_card(root: Path, result: Result, profile: str, values: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """What a reader needs to judge or repeat a run: device, versions, commit, data and their hashes, time, memory.
-
-    ``finished`` is in UTC.
-    """
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return {
-        "chapter": result.chapter,
-        "status": result.status,
-        "error": result.error,
-        "profile": profile,
-        "parameters": values,
-        "device": _device(str(values.get("device", "cpu"))),
-        "versions": versions,
-        "commit": _commit(root),
-        "data": data,
-        "finished": datetime.now(UTC).isoformat(timespec="minutes"),
-        "wall_seconds": round(result.seconds, 1),
-        "peak_mib": result.peak_mib and round(result.peak_mib),
-    }
-
-
-def fingerprint(root: Path, name: str, nb: Any, values: dict[str, Any]) -> str:
-    """A digest of what a run depends on: the chapter's code, parameters, package, lock, and where data comes from.
-
-    Prose does not count. A summary also depends on the other chapters' stored notebooks, their cards and quick claims.
-    """
-    code = [cell.source for cell in nb.cells if cell.cell_type == "code"]
-    digest = hashlib.sha256(json.dumps([code, values, sys.version_info[:3]], sort_keys=True).encode())
-    digest.update(repr([os.environ.get(key, "") for key in ("NTKBOOK_DATA", "NTKBOOK_OFFLINE")]).encode())
-    package = Path(__file__).parents[1]
-    files = [p for p in package.rglob("*") if p.suffix in (".py", ".csv", ".js") and p.name not in NOT_IN_A_CHAPTER]
-    files += [root / "requirements.lock", *(root / "book" / "results").glob(f"{name}.*.json")]
-    if _is_summary(nb):
-        files += [p for p in (root / "book").glob("*.ipynb") if p.stem != name]
-        files += (root / "book" / "results").glob("*.card.json")
-        files += [p for p in (root / "runs").glob("*/quick/claims.json") if p.parts[-3] != name]
-    for path in sorted(p for p in files if p.exists() and p.name != f"{name}.card.json"):
-        digest.update(str(path.name).encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _is_summary(nb: Any) -> bool:
-    return bool(nb.metadata.get("ntkbook", {}).get("summary"))
-
-
-def is_fresh(folder: Path, mark: str) -> bool:
-    """Whether a folder holds a run that succeeded with this fingerprint."""
-    card = folder / "card.json"
-    if not card.exists() or not (folder / "notebook.ipynb").exists():
-        return False
-    facts = json.loads(card.read_text("utf8"))
-    return facts["status"] == "done" and facts["fingerprint"] == mark
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _commit(root: Path) -> str | None:
-    """The commit, with ``+changes`` when tracked files differ from it; None outside a git checkout."""
-    try:
-        told = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+changes", "--exclude=*", "--abbrev=40"],
-            cwd=root, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return told.stdout.strip()
-
-
-def _device(device: str) -> str:
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"

@@ -1,7 +1,6 @@
 """The claims of the whole book: gathered from the stored notebooks, checked, and shown as a table."""
 
 import base64
-import html
 import json
 import re
 from collections import Counter
@@ -9,14 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ntkbook.publish.claims import Bundle, badge, collect, glued, outputs, registry, row_html
-from ntkbook.publish.verdicts import NOT_EVALUATED, NOT_REPRODUCED, PARTLY, REPRODUCED, Claim, Record, judge
+from ntkbook.publish.claims import Bundle, collect, glued, outputs, registry
+from ntkbook.publish.rendering import anchor, as_html, by_chapter, overview_html, row_html, tally_html
+from ntkbook.publish.verdicts import (
+    NOT_EVALUATED,
+    NOT_REPRODUCED,
+    ORDER,
+    REPRODUCED,
+    Claim,
+    Record,
+    inconclusive,
+    judge,
+)
 
 README_TABLE = re.compile(r"<!-- claims:.*?-->\n(.*?)<!-- /claims -->", re.DOTALL)
-
-ORDER = {REPRODUCED: "reproduced", PARTLY: "partly", NOT_REPRODUCED: "not", NOT_EVALUATED: "not evaluated"}
-"""The verdicts from good to none, each as a sentence says it."""
-SORTABLE = ("chapter", "claim", "place", "verdict")
 
 Entry = dict[str, Any]
 
@@ -26,8 +31,9 @@ def entries(root: str | Path, profile: str = "", claims: tuple[Claim, ...] | Non
 
     Each has id, chapter, place in the paper, sentence, quantity, criterion and paper_value; value, low and high (the
     ends of the 95 % interval), n, profile, data, stand_in, hardware and note, None where nothing was measured; text,
-    the value as it is shown; verdict; link, relative to the built chapters, to the section that measures it; and cell,
-    the number In [..] of its cell.
+    the value as it is shown; verdict; inconclusive, whether a part of the interval of what is not reproduced meets the
+    criterion; link, relative to the built chapters, to the row that shows it; and cell, the
+    number In [..] of the cell that measures it.
 
     Args:
         root: the book's folder.
@@ -39,8 +45,8 @@ def entries(root: str | Path, profile: str = "", claims: tuple[Claim, ...] | Non
     return [_entry(claim, *runs[claim.chapter]) for claim in known.values()]
 
 
-def _run(root: Path, chapter: str, profile: str) -> tuple[dict[str, Record], str | None, dict[str, tuple[str, int]]]:
-    """A run's records, its device, and where its notebook measures what."""
+def _run(root: Path, chapter: str, profile: str) -> tuple[dict[str, Record], str | None, dict[str, int]]:
+    """A run's records, its device, and the numbers of the cells that made them."""
     book, folder = root / "book", root / "runs" / chapter / profile
     if profile:
         card, notebook, records = folder / "card.json", folder / "notebook.ipynb", _records(folder / "claims.json")
@@ -48,42 +54,34 @@ def _run(root: Path, chapter: str, profile: str) -> tuple[dict[str, Record], str
         card, notebook = book / "results" / f"{chapter}.card.json", book / f"{chapter}.ipynb"
         records = collect(notebook) if notebook.exists() else {}
     device = json.loads(card.read_text("utf8"))["device"] if card.exists() else None
-    return records, device, measured_in(notebook) if notebook.exists() else {}
+    return records, device, _cell_numbers(notebook) if notebook.exists() else {}
 
 
-def _entry(
-    claim: Claim, records: dict[str, Record], device: str | None, places: dict[str, tuple[str, int]]
-) -> dict[str, Any]:
+def _entry(claim: Claim, records: dict[str, Record], device: str | None, cells: dict[str, int]) -> dict[str, Any]:
     result = records.get(claim.id)
-    section, cell = places.get(claim.id, ("", None))
     measured = ("value", "low", "high", "n", "profile", "stand_in", "note")
     return {
         **{key: getattr(claim, key) for key in ("id", "chapter", "place", "sentence", "quantity", "criterion")},
         "paper_value": claim.paper_value or None,
         **{key: getattr(result, key, None) for key in measured},
         "text": result.text if result else "not measured",
-        "data": result.description if result else None,
-        "hardware": device if result else None,
+        "data": result.description if result and result.value is not None else None,
+        "hardware": device if result and result.value is not None else None,
         "verdict": result.verdict if result else NOT_EVALUATED,
-        "link": f"{claim.chapter}.html{section}",
-        "cell": cell,
+        "inconclusive": bool(result and inconclusive(claim, result)),
+        "link": f"{claim.chapter}.html" + (f"#{anchor(claim.id)}" if result else ""),
+        "cell": cells.get(claim.id),
     }
 
 
-def measured_in(notebook: Path) -> dict[str, tuple[str, int]]:
-    """For all that a notebook has stored by name: the anchor of its section, if any, and the number of its cell."""
-    from docutils.nodes import make_id
-
-    anchor, found = "", {}
-    for cell in json.loads(notebook.read_text("utf8"))["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            heads = [line.lstrip("#").strip() for line in source.splitlines() if line.startswith(("## ", "### "))]
-            anchor = f"#{make_id(heads[-1])}" if heads else anchor
-        for output in cell.get("outputs", []):
-            if name := output.get("metadata", {}).get("scrapbook", {}).get("name"):
-                found[name] = (anchor, cell["execution_count"])
-    return found
+def _cell_numbers(notebook: Path) -> dict[str, int]:
+    """For all that a notebook has stored by name, the number of its cell."""
+    return {
+        output["metadata"]["scrapbook"]["name"]: cell["execution_count"]
+        for cell in json.loads(notebook.read_text("utf8"))["cells"]
+        for output in cell.get("outputs", [])
+        if "scrapbook" in output.get("metadata", {})
+    }
 
 
 def gather_runs(runs: str | Path, profile: str, claims: tuple[Claim, ...] | None = None) -> dict[str, Record]:
@@ -157,57 +155,26 @@ def as_text(found: Sequence[Entry], quick: Mapping[str, Record] | None = None) -
     return "\n".join([*lines, f"{_summary(found)}."])
 
 
-def as_html(found: Sequence[Entry], quick: Mapping[str, Record] | None = None) -> str:
-    """The scorecard page's table: sentences link to the sections that measure them, ``sortable.js`` sorts the rows."""
-    if not found:
-        return "<p>No claims yet.</p>"
-    table = [_cells(entry, quick) for entry in found]
-    heads = [f'<th scope="col"{" data-sortable" * (name in SORTABLE)}>{name}</th>' for name in table[0]]
-    lines = []
-    for entry, cells in zip(found, table):
-        rank = list(ORDER).index(entry["verdict"])
-        keys = {"verdict": f' data-sort="{rank}"'}
-        line = "".join(f'<td data-label="{name}"{keys.get(name, "")}>{text}</td>' for name, text in cells.items())
-        lines.append(f"<tr>{line}</tr>")
-    head, body = "".join(heads), "".join(lines)
-    return f'<table class="claims sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-
-
-def _cells(entry: Entry, quick: Mapping[str, Record] | None) -> dict[str, str]:
-    told = {key: html.escape(str(entry[key] or "")) for key in entry}
-    cells = {
-        "claim": f'<a href="{told["link"]}">{told["sentence"]}</a>',
-        "place": told["place"],
-        "chapter": entry["chapter"].partition("_")[0].lstrip("0"),
-        "measured": told["quantity"] + _small(f"criterion {told['criterion']}"),
-        "here (95 % interval)": told["text"] + _small(f"paper: {told['paper_value'] or 'no number'}"),
-        "data": told["data"] + _small(told["hardware"]),
-    }
-    if quick is not None:
-        cells["this quick run"] = quick[entry["id"]].text if entry["id"] in quick else "not run"
-    return {**cells, "verdict": badge(entry["verdict"]) + _small(told["note"])}
-
-
-def _small(text: str) -> str:
-    return f" <small>{text}</small>" if text else ""
-
-
 def show(root: str | Path, profile: str, claims: tuple[Claim, ...] | None = None) -> None:
     """Show and store the scorecard in its notebook.
 
-    Glued are ``scorecard-summary``, one line, and for every chapter ``scorecard-<chapter>``, how many of its claims
-    have which verdict. The quick profile also shows the values of this quick run, without verdicts.
+    Glued are ``scorecard-summary``, one line; ``scorecard-overview``, `overview_html`; for every chapter
+    ``scorecard-<chapter>``, `tally_html`; and ``scorecard-inconclusive`` and ``scorecard-implied``, how many of the
+    claims not reproduced are so, and how many of them are our reading of what the paper shows. The quick profile also
+    shows the values of this quick run, without verdicts.
     """
     from IPython.display import display
     from myst_nb import glue
 
     found = entries(root, claims=claims)
     quick = gather_runs(Path(root) / "runs", "quick", claims) if profile == "quick" else None
+    missed = [entry for entry in found if entry["verdict"] == NOT_REPRODUCED]
     glue("scorecard-summary", _summary(found), display=False)
-    for chapter in dict.fromkeys(entry["chapter"] for entry in found):
-        counts = Counter(entry["verdict"] for entry in found if entry["chapter"] == chapter)
-        parts = {verdict: f"{counts[verdict]} {badge(verdict)}" for verdict in ORDER if counts[verdict]}
-        glue(f"scorecard-{chapter}", Bundle({"text/html": ", ".join(parts.values())}), display=False)
+    glue("scorecard-inconclusive", str(sum(entry["inconclusive"] for entry in missed)), display=False)
+    glue("scorecard-implied", str(sum(entry["place"].startswith("implied by") for entry in missed)), display=False)
+    glue("scorecard-overview", Bundle({"text/html": overview_html(Path(root), found)}), display=False)
+    for chapter, own in by_chapter(found).items():
+        glue(f"scorecard-{chapter}", Bundle({"text/html": tally_html(own)}), display=False)
     display({"text/html": as_html(found, quick), "text/plain": as_text(found, quick)}, raw=True)
 
 

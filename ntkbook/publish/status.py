@@ -11,9 +11,10 @@ from typing import Any
 
 from docutils import nodes
 
-from ntkbook.publish import listing, notebooks, pages, runner, scorecard
+from ntkbook.publish import notebooks, pages, runner, scorecard
 from ntkbook.publish.citing import linked
 from ntkbook.publish.claims import collect
+from ntkbook.publish.rendering import anchor as claim_anchor
 
 MARK = "<!-- run cards -->"
 """What stands in the page of execution status where the cards come."""
@@ -72,7 +73,7 @@ def _section(book: Path, name: str, shown: bool, repository: str) -> str:
         told = ["Done."]
     if shown:
         told += [f"{came}." for came in [outcome(notebook)] if came] + [f"[Read the chapter]({name}.ipynb)."]
-    title = listing.title(notebooks.read(notebook)) if shown else f"{name}, which is not in the book"
+    title = notebooks.title(notebooks.read(notebook)) if shown else f"{name}, which is not in the book"
     fields = _fields(card, repository) if card else []
     return "\n".join([f"({anchor(name)})=", f"## {title}", "", " ".join(told), "", *fields])
 
@@ -144,12 +145,12 @@ def _fill(app: Any, docname: str, source: list[str]) -> None:
 def _head(app: Any, doctree: nodes.document) -> None:
     """Under a chapter's title, what came out and how it was run."""
     notebook = Path(app.env.doc2path(app.env.docname))
-    if notebook.suffix != ".ipynb":
+    if notebook.suffix != ".ipynb" or notebooks.is_summary(notebooks.read(notebook)):
         return
     line = nodes.paragraph(classes=["outcome"])
     if told := outcome(notebook):
-        places, first = scorecard.measured_in(notebook), next(iter(collect(notebook)))
-        line += [_link(told, places[first][0] or SCORECARD), nodes.Text(" ("), _link("scorecard", SCORECARD)]
+        first = claim_anchor(next(iter(collect(notebook))))
+        line += [_link(told, f"#{first}"), nodes.Text(" ("), _link("scorecard", SCORECARD)]
         line += nodes.Text(") · ")
     line += _link(how_run(read_card(notebook.parent, notebook.stem)), f"status.html#{anchor(notebook.stem)}")
     title = next(iter(doctree.findall(nodes.title)))

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 REPRODUCED, PARTLY, NOT_REPRODUCED = "reproduced", "partly", "not reproduced"
 NOT_EVALUATED = "not evaluated"
+ORDER = {REPRODUCED: "reproduced", PARTLY: "partly", NOT_REPRODUCED: "not", NOT_EVALUATED: "not evaluated"}
+"""The verdicts from good to none, each as a sentence says it."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Claim:
     def criterion(self) -> str:
         """The criterion in a few characters, such as ``< 0``."""
         if isinstance(self.threshold, tuple):
-            return f"in [{self.threshold[0]:g}, {self.threshold[1]:g}]"
-        return f"{self.direction} {self.threshold:g}"
+            low, high = (plain(end, 3) for end in self.threshold)
+            return f"in [{low}, {high}]"
+        return f"{self.direction} {plain(self.threshold, 3)}"
 
     def meets(self, value: float) -> bool:
         """Whether a value meets the criterion."""
@@ -79,13 +82,32 @@ class Record:
         if self.value is None or self.low is None or self.high is None:
             return "not measured"
         if self.low == self.high:
-            return f"{self.value:.2g}".replace("-", "−")
+            return plain(self.value)
         width = self.high - self.low
         decimals = min(max(1 - math.floor(math.log10(width)), 0), 6) if width > 0 else 3
         while decimals < 6 and any(v and round(v, decimals) == 0 for v in (self.low, self.high)):
             decimals += 1  # a verdict may hang on which side of zero an end lies
         value, low, high = (f"{v:.{decimals}f}".replace("-", "−") for v in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
+
+
+def plain(value: float, digits: int = 2) -> str:
+    """A number by its first digits: ``0.0032``, ``280``, ``9.2e−10``."""
+    text = f"{value:.{digits}g}"
+    return (f"{float(text):.0f}" if "e+" in text and abs(value) < 1e6 else text).replace("-", "−")
+
+
+def inconclusive(claim: Claim, result: Record) -> bool:
+    """Whether the value misses the criterion while a part of its 95 % interval meets it.
+
+    The verdict is *not reproduced* all the same, as *partly* is where the value meets it and a part of the interval
+    does not: the measurement does not exclude the claim.
+    """
+    if result.verdict != NOT_REPRODUCED or result.low is None or result.high is None:
+        return False
+    if isinstance(claim.threshold, tuple):
+        return result.low <= claim.threshold[1] and result.high >= claim.threshold[0]
+    return claim.meets(result.low) or claim.meets(result.high)
 
 
 def judge(

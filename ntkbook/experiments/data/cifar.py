@@ -138,7 +138,7 @@ def _made_up(split: str, n: int | None, why: str) -> ColourImages:
     x = torch.from_numpy((pixels[order] * 255).round().astype(np.uint8)).float() / 255
     provenance = Provenance(
         "colour-shapes", "made-up", f"{len(x):,} made-up colour images of 10 kinds of shapes and textures ({why})", 0,
-        "", "Generated: no licence needed", "", "",
+        "", "none needed", "", "",
     )  # fmt: skip
     classes = tuple(f"shape {kind}" for kind in range(10))
     return ColourImages(x, torch.from_numpy(order // MADE_UP), classes, provenance)

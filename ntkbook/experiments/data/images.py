@@ -146,7 +146,7 @@ def _stand_in(name: str, why: str) -> Images:
     kind = "glyphs" if name == "kmnist" else "shapes"
     provenance = Provenance(
         kind, "made-up", f"{len(x):,} made-up images of 10 kinds of {what} ({why})", 0, "",
-        "Generated: no licence needed", "", "",
+        "none needed", "", "",
     )  # fmt: skip
     classes = tuple(f"{kind[:-1]} {one}" for one in range(10))
     return Images(x, torch.arange(10).repeat_interleave(MADE_UP), classes, name, provenance)

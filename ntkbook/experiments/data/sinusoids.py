@@ -100,7 +100,7 @@ def sinusoid_tasks(
         phase=phase,
         noise_sd=noise_sd,
         provenance=Provenance(
-            entry.name, "real", DESCRIPTIONS[ranges], 0, "", "Generated: no licence needed", entry.citation, entry.url
+            entry.name, "real", DESCRIPTIONS[ranges], 0, "", "none needed", entry.citation, entry.url
         ),
     )
 

@@ -47,7 +47,8 @@ class Provenance:
         files = f" {number}, sha256 `{self.sha256[:12]}…`." if self.files else ""
         link = f" [Source]({self.url})." if self.url else ""
         verdict = " A stand-in: **no claim is evaluated on it.**" if self.is_stand_in else ""
-        return f"**Data ({self.source}):** {self.description}.{files} {self.licence}.{link}{verdict}"
+        kind = self.source if self.files or self.is_stand_in else "generated"
+        return f"**Data ({kind}):** {self.description}.{files} Licence: {self.licence}.{link}{verdict}"
 
 
 @dataclass(frozen=True)
