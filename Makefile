@@ -49,8 +49,8 @@ run: $(STAMP) ## one chapter: make run CHAPTER=03 PROFILE=cpu PARAMS='seed: 3'
 store: $(STAMP) ## execute chapters with their defaults and store them in book/ (CHAPTER=03, or all)
 	@$(NTKBOOK) store $(CHAPTER)
 
-test: $(STAMP) ## all tests
-	@.venv/bin/python -m pytest $(PYTEST_ARGS)
+test: $(STAMP) ## all tests, a file a process; PYTEST_ARGS="-n 0 tests/test_gp.py" for some in one
+	@.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	@.venv/bin/ruff check .

@@ -18,17 +18,18 @@ MARKERS = "osD^vP"
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row a competitor, and one for the floor, under a heading a problem."""
+    """Markdown: a row a competitor, and one for the estimate, under a heading a problem."""
     machine = results["machine"]
     rates = f"torch {machine['torch']}, {machine['threads']} threads, {machine['cpu']}"
     lines = [
         f"{rates}. Medians of {machine['repeats']} rounds in which all take turns, each at its best chunk size; ratios",
         "are to the first row of a problem. Memory is the peak above the process before the call; errors are relative",
-        "to the largest entry. The floor: multiply-adds that must be done, at this run's rate of such products.",
+        "to the largest entry. The estimate: multiply-adds of one route, at this run's rate of such products; it is no",
+        "bound, and a faster route goes below it.",
         "",
     ]
     for name, found in results["problems"].items():
-        lines += [f"### {name}", ""]
+        lines += [f"### {singular(name)}", ""]
         if "reason" in found:
             lines += [found["reason"], ""]
             continue
@@ -48,8 +49,13 @@ def table(results: dict[str, Any]) -> str:
                     f"{row['peak'] / 1e6:,.0f} MB", f"{row['error']:.0e}", str(row["chunk_size"] or "its own"), tried,
                 ]  # fmt: skip
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        lines += [f"| floor | {time(found['floor'])} | | {ratio(found['floor_ratio'])} | | | | |", ""]
+        lines += [f"| estimate | {time(found['floor'])} | | {ratio(found['floor_ratio'])} | | | | |", ""]
     return "\n".join(lines)
+
+
+def singular(name: str) -> str:
+    """A problem's name, where it has one vector."""
+    return name.replace(" 1 vectors", " 1 vector")
 
 
 def ratio(value: float | None) -> str:
@@ -65,14 +71,14 @@ def time(seconds: float) -> str:
 
 
 def plot(results: dict[str, Any]) -> str:
-    """SVG: a line of dots a problem, time relative to ours on a log scale, the floor, and how many passed a limit."""
+    """SVG: a line of dots a problem, time relative to ours on a log scale, the estimate, how many passed a limit."""
     figures.style()
     shown = {name: found for name, found in results["problems"].items() if found.get("floor_ratio")}
     styles: dict[str, dict[str, Any]] = {}
     libraries: dict[str, list[str]] = {}
     figure, ax = plt.subplots(figsize=(7, 1.6 + 0.27 * len(shown)))
     for y, found in enumerate(shown.values()):
-        ax.plot(found["floor_ratio"], y, "|", color=figures.TRUTH, markersize=11, label="floor" if y == 0 else None)
+        ax.plot(found["floor_ratio"], y, "|", color=figures.TRUTH, markersize=11, label="estimate" if y == 0 else None)
         beyond = sum(any(limit in row.get("reason", "") for limit in (LATE, MEMORY)) for row in found["rows"])
         if beyond:
             ax.text(1.01, y, f"{beyond} over a limit", transform=ax.get_yaxis_transform(), fontsize=7, va="center")
@@ -89,7 +95,7 @@ def plot(results: dict[str, Any]) -> str:
             ax.plot(row["ratio"], y, linestyle="", label=row["name"] if new else None, **styles[row["name"]])
     ax.axvline(1, color=figures.CONTEXT, linewidth=0.8)
     ax.set(xscale="log", xlabel="time relative to ntkbook; Fisher-vector products: to one gradient")
-    ax.set_yticks(range(len(shown)), list(shown), fontsize=7)
+    ax.set_yticks(range(len(shown)), [singular(name) for name in shown], fontsize=7)
     ax.invert_yaxis()
     if shown:
         figure.legend(loc="outside lower center", ncols=3, fontsize=7)
