@@ -32,6 +32,7 @@ def network(activation, gain):
     return net
 
 
+OWN_NOISE = {"tanh": 0.01, "untrained": 0.09}  # the ReLU network leaves σ² as it is
 NETWORKS = {"tanh": network(nn.Tanh, 2.0), "ReLU": network(nn.ReLU, 2.0), "untrained": network(nn.Tanh, 1.0)}
 
 
@@ -46,7 +47,7 @@ def grams():
 @pytest.fixture(scope="module")
 def shown(grams):
     """What the page gets, and the page's HTML."""
-    networks = {name: Prior(grams[name]) for name in NETWORKS}
+    networks = {name: Prior(grams[name], noise=OWN_NOISE.get(name)) for name in NETWORKS}
     curve = 2 * np.sin(GRID[:, 0].numpy())
     tasks = {f"task {a}": Task(np.array([-3.01, 0.02, 2.0]), a * curve) for a in (1, 2)}
     arguments = (GRID, networks, {"RBF": Prior(grams["RBF"], 0.3)}, tasks)
@@ -132,6 +133,17 @@ def test_what_does_not_fit_the_grid_is_an_error(grams):
         payload(GRID, good, good, task, **words)
     with pytest.raises(ValueError, match="variance"):
         payload(GRID, good, other, task, **{**words, "noise": 2.0})
+    with pytest.raises(ValueError, match="variance"):
+        payload(GRID, {"a": Prior(grams["tanh"], noise=1e-6)}, other, task, **words)
+
+
+def test_a_network_with_a_noise_of_its_own_brings_it_along(grams, shown):
+    assert [p.get("noise") for p in shown[0]["networks"]] == [0.1, None, 0.3]
+    assert "noise" not in shown[0]["compared"]
+    assert "Choosing a network sets σ" in shown[0]["help"]
+    task = {"t": Task([0.0], np.ones(201))}
+    alone = payload(GRID, {"a": Prior(grams["tanh"])}, {"b": Prior(grams["RBF"])}, task, noise=0.01, title="", alt="")
+    assert "σ stays as it is" in alone["help"]
 
 
 @pytest.mark.skipif(NODE is None, reason="node runs the page's algebra: not installed")
@@ -178,7 +190,10 @@ const pointer = (node, type, x, y) => node.dispatchEvent(
   new PointerEvent(type, { clientX: x, clientY: y, pointerId: 1, bubbles: true, cancelable: true }));
 const button = (text) => Array.from(live.querySelectorAll("button")).find((b) => b.textContent === text);
 const note = (name) => { out[name] = { labels: dots().map(label), status: status(), ntk: curve(".mean.ntk"),
-  rbf: curve(".mean.rbf"), band: curve(".band.ntk"), focus: document.activeElement.getAttribute("class") }; };
+  rbf: curve(".mean.rbf"), band: curve(".band.ntk"), focus: document.activeElement.getAttribute("class"),
+  ticks: Array.from(svg.querySelectorAll(".axes text[text-anchor=end]"), (text) =>
+    Number(text.textContent.replace("−", "-"))),
+  sigma: live.querySelector("[data-slider=noise] + output").textContent }; };
 note("start");
 const box = ground.getBoundingClientRect();
 ground.dispatchEvent(new MouseEvent("click", { clientX: box.left + box.width * 0.755, clientY: box.top + box.height / 4,
@@ -188,6 +203,7 @@ const point = dots()[3], r = point.querySelector(".point").getBoundingClientRect
 const [x, y] = [r.left + r.width / 2, r.top + r.height / 2];
 pointer(point, "pointerdown", x, y);
 pointer(document, "pointermove", x - box.width * 0.1, y + box.height / 4);
+note("dragging");
 pointer(document, "pointerup", x - box.width * 0.1, y + box.height / 4);
 pointer(document, "pointermove", x, y);
 note("dragged");
@@ -203,7 +219,8 @@ key(ground, "ArrowRight", { shiftKey: true }); note("crossed"); key(ground, "Ent
 key(dots()[3], "ArrowRight"); key(dots()[3], "ArrowUp"); note("moved");
 key(dots()[3], "Delete"); note("deleted");
 button("ReLU").click(); note("ReLU"); out.pressed = button("ReLU").getAttribute("aria-pressed");
-button("tanh").click();
+button("untrained").click(); note("untrained"); button("ReLU").click(); note("ReLU after it");
+button("tanh").click(); note("tanh");
 for (const name of ["noise", "outputscale"]) {
   const input = live.querySelector(`[data-slider=${name}]`), before = input.value;
   input.value = 0.5; input.dispatchEvent(new Event("input", { bubbles: true })); note(name);
@@ -215,6 +232,18 @@ out.alone.hidden = getComputedStyle(svg.querySelector(".mean.rbf")).display;
 live.querySelector("input[type=checkbox]").click();
 dots()[0].focus(); button("remove point").click(); note("removed");
 button("clear").click(); note("clear");
+const high = ground.getBoundingClientRect(), slide = (value) => {
+  const input = live.querySelector("[data-slider=outputscale]");
+  input.value = value; input.dispatchEvent(new Event("input", { bubbles: true })); note(`sliding to ${value}`);
+  input.dispatchEvent(new Event("change", { bubbles: true })); note(`at ${value}`);
+};
+slide(2); slide(0);
+for (const share of [0.25, 0.75]) {
+  ground.dispatchEvent(new MouseEvent("click", { clientX: high.left + high.width * share, clientY: high.top + 1,
+    bubbles: true }));
+  note(`high at ${share}`);
+}
+button("clear").click(); note("cleared again");
 const choice = live.querySelector("select"); choice.value = 1;
 choice.dispatchEvent(new Event("change")); note("task 2");
 out.static = document.querySelector(".ntk-static").hidden;
@@ -229,9 +258,10 @@ def in_chromium(page, folder, width=1000):
     (folder / "driver.js").write_text(
         'window.errors = [];\nwindow.addEventListener("error", (e) => window.errors.push(e.message));\n'
         "console.error = (...words) => window.errors.push(words.join(' '));\n"
-        'window.addEventListener("load", () => {\n' + DRIVER + "\nout.errors = window.errors;\n"
+        # after a frame: the plot takes its width anew when a scroll bar has come beside it
+        'window.addEventListener("load", () => setTimeout(() => {\n' + DRIVER + "\nout.errors = window.errors;\n"
         'const pre = document.createElement("pre"); pre.id = "out"; pre.textContent = JSON.stringify(out);\n'
-        "document.body.replaceChildren(pre); });\n",
+        "document.body.replaceChildren(pre); }, 300));\n",
         "utf8",
     )
     (folder / "page.html").write_text(
@@ -266,10 +296,10 @@ def test_a_reader_adds_drags_and_removes_observations(shown, tmp_path, width):
     assert labels("start") == start
     assert seen["start"]["status"].startswith("3 observations.")
     reach = 1.7 * 2
-    assert labels("added") == [*start, (2.55, pytest.approx(reach / 2, abs=0.02))]
+    assert labels("added") == [*start, (2.55, pytest.approx(reach / 2, abs=0.03))]  # a pixel is 0.02
     assert seen["added"]["ntk"] != seen["start"]["ntk"] != seen["start"]["rbf"] != seen["added"]["rbf"]
     assert re.search(r"4 observations. Selected: y = 1.\d\d at x = 2.55", seen["added"]["status"])
-    assert labels("dragged") == [*start, (1.55, pytest.approx(0, abs=0.02))]
+    assert labels("dragged") == [*start, (1.55, pytest.approx(0, abs=0.03))]
     assert seen["dragged"]["ntk"] != seen["added"]["ntk"]
     assert labels("tapped twice") == start
     assert seen["tapped twice"]["ntk"] == seen["start"]["ntk"]  # the posterior is back as well
@@ -290,6 +320,24 @@ def test_a_reader_adds_drags_and_removes_observations(shown, tmp_path, width):
     assert labels("removed") == start[1:]
     assert labels("clear") == []
     assert seen["clear"]["status"].startswith("0 observations.")
+    assert [seen[name]["sigma"] for name in ("start", "ReLU", "untrained", "ReLU after it", "tanh")] == [
+        "0.1", "0.1", "0.3", "0.3", "0.1",
+    ]  # fmt: skip
+
+    # the y axis: as far as 1.7 times the task, and never moved by a drag; without observations as far as the priors
+    for name in ("start", "added", "dragging", "dragged", "tapped twice", "ReLU", "removed"):
+        assert seen[name]["ticks"] == [-2, 0, 2], name
+    diagonal = Linearization(NETWORKS["tanh"]).diagonal(GRID).max()
+    prior = 2 * float((diagonal + 0.01).sqrt())
+    for name, most in (("clear", prior), ("at 2", 10 * prior), ("at 0", prior), ("cleared again", prior)):
+        ticks = seen[name]["ticks"]
+        assert most - (ticks[1] - ticks[0]) < ticks[-1] <= most * 1.01, name
+        ys = [float(pair.split(",")[1]) for pair in re.findall(r"[-\d.]+,[-\d.]+", seen[name]["band"])]
+        assert min(ys) >= 8, name  # the top of the plot
+    assert seen["sliding to 2"]["ticks"] == seen["clear"]["ticks"]  # and not while a slider moves
+    assert seen["high at 0.25"]["ticks"] == seen["clear"]["ticks"]
+    assert max(y for _, y in labels("high at 0.75")) > prior * 0.98
+    assert seen["high at 0.75"]["ticks"] == pytest.approx(seen["clear"]["ticks"], abs=prior * 0.3)  # both still shown
     assert [x for x, _ in labels("task 2")] == [-3.0, 0.0, 2.0]
 
 

@@ -113,7 +113,7 @@ if (typeof document !== "undefined") (() => {
 
     const state = {
       network: networks[0].name, task: 0, observations: [], selected: null, beside: true,
-      noise: figure.noise, outputscale: 1, reach: 1, cursor: { at: x.length >> 1, y: 0 }, next: 1,
+      noise: figure.noise, outputscale: 1, reach: 0, cursor: { at: x.length >> 1, y: 0 }, next: 1,
     };
 
     // --- what stands in the page ---
@@ -125,7 +125,11 @@ if (typeof document !== "undefined") (() => {
     const kinds = group("Network");
     const buttons = networks.map((p) => {
       const b = element("button", { type: "button", "data-network": p.name }, kinds, p.name);
-      b.addEventListener("click", () => { state.network = p.name; update(true); });
+      b.addEventListener("click", () => {
+        state.network = p.name;
+        if (p.noise) noise.set(p.noise);
+        fit();
+      });
       return b;
     });
     const actions = group("Observations");
@@ -139,7 +143,7 @@ if (typeof document !== "undefined") (() => {
       return b;
     };
     action("reset", () => start(state.task));
-    action("clear", () => { state.observations = []; state.selected = null; update(true); });
+    action("clear", () => { state.observations = []; state.selected = null; fit(); });
     const removal = action("remove point", () => remove(state.selected, true));
 
     const plot = element("div", { class: "ntk-play-plot" }, live);
@@ -171,7 +175,7 @@ if (typeof document !== "undefined") (() => {
     const check = element("input", { type: "checkbox", checked: "" }, toggle);
     element("span", { class: "key rbf", "aria-hidden": "true" }, toggle);
     element("span", {}, toggle, compared.name);
-    check.addEventListener("change", () => { state.beside = check.checked; update(true); });
+    check.addEventListener("change", () => { state.beside = check.checked; fit(); });
     const truthKey = key("truth");
 
     const sliders = element("div", { class: "ntk-play-sliders" }, live);
@@ -188,12 +192,15 @@ if (typeof document !== "undefined") (() => {
         input.setAttribute("aria-valuetext", shown.textContent);
       };
       input.addEventListener("input", () => { read(); update(true); });
+      input.addEventListener("change", () => fit());
       read();
+      return { set: (value) => { input.value = Math.log10(value); read(); } };
     }
-    slider("noise", "noise σ", ...figure.noiseRange.map(Math.log10), figure.noise);
+    const noise = slider("noise", "noise σ", ...figure.noiseRange.map(Math.log10), figure.noise);
     slider("outputscale", "outputscale s²", -2, 2, 1);
     const words = element("p", { class: "ntk-play-status", "aria-live": "polite", role: "status" }, live);
-    element("p", { class: "ntk-play-help" }, live, figure.help);
+    const help = element("p", { class: "ntk-play-help" }, live, figure.help);
+    if (window.matchMedia("(max-width: 600px)").matches) live.insertBefore(help, plot); // a phone shows no more at once
 
     // --- coordinates ---
     const frame = { left: 38, right: 10, top: 8, bottom: 34, width: 0, height: 0 };
@@ -219,14 +226,35 @@ if (typeof document !== "undefined") (() => {
       const { at, y } = tasks[task];
       state.observations = at.map((where, i) => ({ at: where, y: y[i], id: state.next++ }));
       state.selected = null;
-      const most = Math.max(...tasks[task].truth.map(Math.abs), ...y.map(Math.abs));
-      state.reach = 1.7 * most;
+      state.reach = 0;
+      fit();
+    }
+
+    // How far the y axis goes: to 1.7 times the task's truth and points, to an observation beyond that and, where fewer
+    // than two say little, to two standard deviations of the priors shown. Not while a point or a slider is dragged.
+    function fit() {
+      const { observations, outputscale } = state;
+      const task = tasks[state.task];
+      let reach = 1.7 * Math.max(...task.truth.map(Math.abs), ...task.y.map(Math.abs));
+      for (const { y } of observations) if (Math.abs(y) > reach) reach = 1.1 * Math.abs(y);
+      if (observations.length < 2) {
+        for (const { K, mean } of shown()) {
+          mean.forEach((m, i) => {
+            const sd = Math.sqrt(outputscale * K[i * mean.length + i] + state.noise ** 2);
+            reach = Math.max(reach, Math.abs(m) + 2 * sd);
+          });
+        }
+      }
+      if (reach === state.reach) { update(true); return; }
+      state.reach = reach;
+      state.cursor.y = clamp(state.cursor.y, -reach, reach);
       size();
     }
 
     function add(at, y, focus) {
       const point = { at, y, id: state.next++ };
       state.observations.push(point);
+      fit();
       select(point, focus);
     }
 
@@ -235,7 +263,7 @@ if (typeof document !== "undefined") (() => {
       if (i < 0) return;
       state.observations.splice(i, 1);
       state.selected = null;
-      update(true);
+      fit();
       if (focus) ground.focus();
     }
 
@@ -312,7 +340,7 @@ if (typeof document !== "undefined") (() => {
         if (!dragged || dragged.pointer !== event.pointerId) return;
         if (dragged.far) tapped = { id: 0, time: -Infinity }; // the click that ends a drag is counted anew
         dragged = null;
-        update(true);
+        fit();
       });
     }
 
@@ -324,11 +352,13 @@ if (typeof document !== "undefined") (() => {
     let current = {};
     const steered = () => ground.matches(":focus-visible"); // by keys: a click focuses the plot as well
 
+    const ours = () => ({ ntk: priors.get(state.network), rbf: state.beside ? priors.get(compared.name) : null });
+    const shown = () => Object.values(ours()).filter(Boolean);
+
     function update(speak) {
       const { observations, selected } = state;
-      const shown = { ntk: priors.get(state.network), rbf: state.beside ? priors.get(compared.name) : null };
       current = {};
-      for (const [name, prior] of Object.entries(shown)) {
+      for (const [name, prior] of Object.entries(ours())) {
         for (const p of paths[name]) p.style.display = prior ? "" : "none";
         if (!prior) continue;
         const { mean, variance } = ntkPosterior.posterior(prior, observations, state.outputscale, state.noise ** 2);

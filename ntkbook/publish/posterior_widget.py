@@ -25,15 +25,21 @@ SMALLEST_NOISE = 0.01
 HELP = (
     "Click or tap to add an observation, drag it, tap it twice to remove it. Keys: Tab to the plot or a point, arrows "
     "move (with Shift by ten steps), Enter adds, Delete removes. In x, observations snap to the grid of {n} points. "
-    "Bands are 95 % of a new observation, noise included; s² multiplies both priors."
+    "Bands are 95 % of a new observation, noise included; σ and s² act on both. {noise}"
 )
+OWN_NOISE = "Choosing a network sets σ to that network's own."
+ONE_NOISE = "σ stays as it is when another network is chosen."
 
 
 class Prior(NamedTuple):
-    """A Gaussian process before any data, on the grid: its Gram matrix K (n, n) and its mean, a number or (n,)."""
+    """A Gaussian process before any data, on the grid: its Gram matrix K (n, n) and its mean, a number or (n,).
+
+    A network's `noise` is the σ² that choosing it sets; None leaves it as it is.
+    """
 
     gram: ArrayLike
     mean: ArrayLike = 0.0
+    noise: float | None = None
 
 
 class Task(NamedTuple):
@@ -109,8 +115,10 @@ def payload(
         raise ValueError(f"x: expected an even, increasing grid (n,), got shape {grid.shape}")
     if not networks or len(compared) != 1 or not tasks or set(networks) & set(compared):
         raise ValueError("expected at least one network, one prior of another name to compare with, at least one task")
-    if not SMALLEST_NOISE**2 <= noise <= 1:
-        raise ValueError(f"noise: expected a variance between {SMALLEST_NOISE**2:g} and 1, got {noise:g}")
+    own = {name: prior.noise for name, prior in networks.items() if prior.noise is not None}
+    for value in (noise, *own.values()):
+        if not SMALLEST_NOISE**2 <= value <= 1:
+            raise ValueError(f"noise: expected a variance between {SMALLEST_NOISE**2:g} and 1, got {value:g}")
     priors = []
     for name, prior in {**networks, **compared}.items():
         if np.shape(prior.gram) != (len(grid), len(grid)) or np.shape(prior.mean) not in ((), (len(grid),)):
@@ -120,13 +128,16 @@ def payload(
             )
         mean = np.broadcast_to(np.asarray(prior.mean, dtype=np.float64), len(grid)).round(12).tolist()
         priors.append({"name": name, "mean": mean, "features": features(prior.gram)})
+        if name in own:
+            priors[-1]["noise"] = round(math.sqrt(own[name]), 4)
     starts = []
     for name, task in tasks.items():
         truth = np.asarray(task.truth, dtype=np.float64).round(4)
         at = sorted({int(np.abs(grid - v).argmin()) for v in np.ravel(task.x)})
         starts.append({"name": name, "at": at, "y": truth[at].tolist(), "truth": truth.tolist()})
     return {
-        "title": title, "alt": alt, "help": HELP.format(n=len(grid)), "x": grid.round(10).tolist(),
+        "title": title, "alt": alt, "x": grid.round(10).tolist(),
+        "help": HELP.format(n=len(grid), noise=OWN_NOISE if own else ONE_NOISE),
         "noise": round(math.sqrt(noise), 4), "noiseRange": [SMALLEST_NOISE, 1.0],
         "networks": priors[:-1], "compared": priors[-1], "tasks": starts,
     }  # fmt: skip
@@ -145,7 +156,7 @@ def widget(
 
     Args:
         x: an even grid, (n,) or (n, 1); observations snap to it.
-        networks: a button each, name → prior.
+        networks: a button each, name → prior; with a noise of its own, the button sets it.
         compared: the one prior that is shown beside them, name → prior.
         tasks: what a reader can start from, name → task.
         noise: σ² at the start, from 1e-4 to 1; the slider sets σ.
