@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ntkbook.publish import notebooks, runner
+from ntkbook.publish import book, notebooks, runner, storing
 from ntkbook.publish.parameters import ParameterError, _fits, check_parameters, declared
 
 
@@ -17,24 +17,24 @@ def copied(toybook, tmp_path):
 
 
 def test_chapters_come_from_the_table_of_contents(toybook):
-    assert runner.chapters(toybook) == ["01_toy", "07_scorecard"]
-    assert runner.select(toybook, []) == ["01_toy", "07_scorecard"]
-    assert runner.select(toybook, ["7", "01", "01_toy"]) == ["07_scorecard", "01_toy"]
+    assert book.chapters(toybook) == ["01_toy", "07_scorecard"]
+    assert book.select(toybook, []) == ["01_toy", "07_scorecard"]
+    assert book.select(toybook, ["7", "01", "01_toy"]) == ["07_scorecard", "01_toy"]
     with pytest.raises(ValueError, match="no chapter '02'; there are 01_toy, 07_scorecard"):
-        runner.select(toybook, ["02"])
+        book.select(toybook, ["02"])
 
 
 def test_the_root_is_found_from_below(toybook, tmp_path):
-    assert runner.find_root(toybook / "book" / "results") == toybook
+    assert book.find_root(toybook / "book" / "results") == toybook
     with pytest.raises(FileNotFoundError, match=r"_toc\.yml"):
-        runner.find_root(tmp_path)
+        book.find_root(tmp_path)
 
 
 def test_a_profile_changes_the_defaults(toybook):
-    assert runner.profile_parameters(toybook, "cpu", "01_toy") == {}
-    assert runner.profile_parameters(toybook, "quick", "01_toy") == {"profile": "quick", "size": 5}
+    assert book.profile_parameters(toybook, "cpu", "01_toy") == {}
+    assert book.profile_parameters(toybook, "quick", "01_toy") == {"profile": "quick", "size": 5}
     with pytest.raises(ValueError, match="no profile 'fast'; there are cpu, quick"):
-        runner.profile_parameters(toybook, "fast", "01_toy")
+        book.profile_parameters(toybook, "fast", "01_toy")
 
 
 def test_types_are_as_annotated(toybook):
@@ -127,7 +127,7 @@ def test_a_stored_notebook_is_the_chapter_with_outputs(toybook):
 def test_storing_again_changes_no_byte(copied):
     files = sorted((copied / "book").glob("*.ipynb"))
     before = [path.read_bytes() for path in files]
-    runner.store(copied, force=True, progress=False)
+    storing.store(copied, force=True, progress=False)
     assert [path.read_bytes() for path in files] == before
 
 
@@ -156,12 +156,12 @@ def test_new_prose_is_stored_without_a_new_run(copied):
     chapter, stored = copied / "book" / "01_toy.md", copied / "book" / "01_toy.ipynb"
     before = notebooks.read(stored)
     chapter.write_text(chapter.read_text("utf8").replace("# A toy chapter", "# Another title"), "utf8")
-    assert runner.store(copied, ["01"], progress=False)[0].status == "fresh"
+    assert storing.store(copied, ["01"], progress=False)[0].status == "fresh"
     after = notebooks.read(stored)
     assert after.cells[0].source.startswith("# Another title")
     assert [cell.get("outputs") for cell in after.cells] == [cell.get("outputs") for cell in before.cells]
     (result,) = runner.run(copied, ["01"], profile="quick", progress=False)
-    shown = runner.finished(copied, result)
+    shown = storing.finished(copied, result)
     assert sum("injected-parameters" in cell.metadata.get("tags", []) for cell in shown.cells) == 1
     assert len(shown.cells) == len(after.cells) + 1
 
@@ -172,7 +172,7 @@ def test_the_text_alone_is_stored_where_the_code_is_the_same(copied):
     before, text = notebooks.read(stored), chapter.read_text("utf8")
     described = ":tags: [hide-input]\n:mystnb: {image: {alt: a line}}"
     chapter.write_text(text.replace("# A toy", "# Another").replace(":tags: [hide-input]", described, 1), "utf8")
-    assert runner.store_text(copied, ["01"]) == [stored]
+    assert storing.store_text(copied, ["01"]) == [stored]
     after = notebooks.read(stored)
     assert after.cells[0].source.startswith("# Another")
     assert [cell.get("outputs") for cell in after.cells] == [cell.get("outputs") for cell in before.cells]
@@ -181,10 +181,10 @@ def test_the_text_alone_is_stored_where_the_code_is_the_same(copied):
     ]
     chapter.write_text(text + "\n```{code-cell} ipython3\n1 + 1\n```\n", "utf8")
     with pytest.raises(ValueError, match=r"01_toy\.ipynb has other code: run `ntkbook store 01_toy`"):
-        runner.store_text(copied, ["01"])
+        storing.store_text(copied, ["01"])
     stored.unlink()
     with pytest.raises(ValueError, match=r"01_toy\.ipynb is not there"):
-        runner.store_text(copied, ["01"])
+        storing.store_text(copied, ["01"])
 
 
 def test_a_fingerprint_sees_what_a_run_depends_on(copied, monkeypatch):

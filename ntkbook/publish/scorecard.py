@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ntkbook.publish.book import runs_path, stored_card_path, stored_path
 from ntkbook.publish.claims import Bundle, collect, glued, outputs, registry
 from ntkbook.publish.rendering import anchor, as_html, by_chapter, overview_html, row_html, tally_html
 from ntkbook.publish.verdicts import (
@@ -47,11 +48,11 @@ def entries(root: str | Path, profile: str = "", claims: tuple[Claim, ...] | Non
 
 def _run(root: Path, chapter: str, profile: str) -> tuple[dict[str, Record], str | None, dict[str, int]]:
     """A run's records, its device, and the numbers of the cells that made them."""
-    book, folder = root / "book", root / "runs" / chapter / profile
+    folder = runs_path(root, chapter) / profile
     if profile:
         card, notebook, records = folder / "card.json", folder / "notebook.ipynb", _records(folder / "claims.json")
     else:
-        card, notebook = book / "results" / f"{chapter}.card.json", book / f"{chapter}.ipynb"
+        card, notebook = stored_card_path(root, chapter), stored_path(root, chapter)
         records = collect(notebook) if notebook.exists() else {}
     device = json.loads(card.read_text("utf8"))["device"] if card.exists() else None
     return records, device, _cell_numbers(notebook) if notebook.exists() else {}

@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 
 from ntkbook.publish import pages
-from ntkbook.publish.runner import Result, finished
+from ntkbook.publish.book import stored_card_path, stored_path
+from ntkbook.publish.runner import Result
 
 STAGE = Path("runs") / "site"
 
@@ -54,6 +55,7 @@ def stage(root: Path, results: list[Result]) -> Path:
     A chapter whose run failed keeps its stored notebook; one that has none is left out of the copy's contents.
     """
     from ntkbook.publish import notebooks
+    from ntkbook.publish.storing import finished
 
     target = root / STAGE
     shutil.rmtree(target, ignore_errors=True)
@@ -62,10 +64,9 @@ def stage(root: Path, results: list[Result]) -> Path:
     shutil.copyfile(root / "_config.yml", target / "_config.yml")
     toc = (root / "_toc.yml").read_text("utf8").splitlines(keepends=True)
     for result in results:
-        card = target / "book" / "results" / f"{result.chapter}.card.json"
+        card, page = stored_card_path(target, result.chapter), stored_path(target, result.chapter)
         card.parent.mkdir(exist_ok=True)
         shutil.copyfile(result.folder / "card.json", card)
-        page = target / "book" / f"{result.chapter}.ipynb"
         if result.status != "failed":
             notebooks.write(finished(root, result), page)
         elif not page.exists():
