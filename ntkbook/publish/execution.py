@@ -41,13 +41,13 @@ class _Engine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, results: str = "", **kwargs: Any
+        cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, variables: Any = None, **kwargs: Any
     ) -> Any:
         kwargs = remove_args(["input_path", "log_output", "stdout_file", "stderr_file"], **kwargs)
         kwargs |= {"kernel_name": kernel_name, "startup_timeout": start_timeout}
         # ipykernel warns at every start that its local sockets are not encrypted, and tells of errors when interrupted.
         client = _Client(nb_man, extra_arguments=["--IPKernelApp.log_level=50"], **kwargs)
-        return client.execute(env={**os.environ, **environment(), FOLDER: results})
+        return client.execute(env={**os.environ, **(variables or {})})
 
 
 papermill_engines.register("ntkbook", _Engine)
@@ -83,7 +83,7 @@ def execute(
     try:
         execute_notebook(
             _literal(bare), _literal(output), values, engine_name="ntkbook", kernel_name="python3", cwd=cwd,
-            progress_bar=bar, results=str(output.parent),
+            progress_bar=bar, variables={**environment(), FOLDER: str(output.parent)},
         )  # fmt: skip
     except PapermillExecutionError as failure:
         where = f"cell {failure.cell_index + 1} (In [{failure.exec_count}]), {_starts(failure.source)}"

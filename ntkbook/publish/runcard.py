@@ -140,10 +140,11 @@ def is_fresh(folder: Path, mark: str) -> bool:
 def read_run(folder: Path) -> dict[str, Any]:
     """The card of a run whose files are all there and whole; empty where they are not, as when the power failed."""
     try:
-        card, _ = (json.loads((folder / name).read_text("utf8")) for name in ("card.json", "claims.json"))
+        card, claims = (json.loads((folder / name).read_text("utf8")) for name in ("card.json", "claims.json"))
     except (OSError, ValueError):
         return {}
-    return card if isinstance(card, dict) and (folder / "notebook.ipynb").exists() else {}
+    whole = isinstance(card, dict) and isinstance(claims, dict) and (folder / "notebook.ipynb").exists()
+    return card if whole else {}
 
 
 def write_json(path: Path, value: Any) -> None:
