@@ -68,9 +68,7 @@ def run(
         root = find_root()
         print(listing.parameters_text(root, help_chapter) if help_chapter else listing.chapters_text(root))
         return
-    values = yaml.safe_load(params) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"--params: expected YAML such as 'seed: 3', got {params!r}")
+    values = _parameters(params)
     root = find_root()
     if sweep:
         results = _run_sweep(root, chapters or [], sweep, profile, values, force, scheduler, workers, not quiet)
@@ -113,11 +111,18 @@ def html() -> None:
 @app.command()
 def book(force: Force = False, quiet: Quiet = False) -> None:
     """Run every chapter in the quick profile, build the book from these runs, print the scorecard."""
+    from ntkbook.publish import storing
+
     root = find_root()
     results = runner.run(root, profile="quick", force=force, progress=not quiet)
-    index = site.build(root, site.stage(root, results))
+    results = [storing.unless_edited(root, result) for result in results]
     print(scorecard.as_text(scorecard.entries(root), scorecard.gather_runs(root / "runs", "quick")))
-    print(f"The book: {index}")
+    try:
+        print(f"The book: {site.build(root, site.stage(root, results))}")
+    except site.BuildError as error:  # perhaps as chapters failed, which are told below in any case
+        print(f"ntkbook: {error}", file=sys.stderr)
+        _exit_if_failed(results)
+        raise typer.Exit(1) from error
     _exit_if_failed(results)
 
 
@@ -236,6 +241,16 @@ def _run_sweep(
     table = results[0].folder.parent / "results.parquet"
     print(f"{results[0].chapter}: {done} of {len(results)} jobs done, {table.relative_to(root)}")
     return results
+
+
+def _parameters(text: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--params: expected YAML such as 'seed: 3', got {text!r}: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"--params: expected YAML such as 'seed: 3', got {text!r}")
+    return values
 
 
 def _mb(size: int) -> str:

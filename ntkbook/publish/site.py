@@ -32,20 +32,24 @@ def build(root: Path, source: Path | None = None) -> Path:
     Raises:
         BuildError: the build warned or failed.
     """
-    out = root / "_build" / "html"
-    shutil.rmtree(out, ignore_errors=True)
+    out, new = root / "_build" / "html", root / "_build" / "new"
+    shutil.rmtree(new, ignore_errors=True)
     program = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
-    command = [*program, "build", str(source or root), "--path-output", str(root)]
+    command = [*program, "build", str(source or root), "--path-output", str(new)]
     # --all: pages quote numbers from each other, which Sphinx does not see as a dependency.
     done = subprocess.run(
         [*command, "--all", "-W", "-n", "--keep-going", "-q"], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise BuildError(f"the book does not build:\n{done.stdout}\n{done.stderr}".rstrip())
-    static = out / "_static"
+    made = new / "_build" / "html"
+    static = made / "_static"
     shutil.copyfile(str(files("plotly") / "package_data" / "plotly.min.js"), static / "plotly.min.js")
     first = yaml.safe_load(((source or root) / "_toc.yml").read_text("utf8"))["root"]
-    pages.dress_front_door(out, first)
+    pages.dress_front_door(made, first)
+    shutil.rmtree(out, ignore_errors=True)  # only now: a book that does not build leaves the earlier pages
+    made.rename(out)
+    shutil.rmtree(new)
     return out / "index.html"
 
 

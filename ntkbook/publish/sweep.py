@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from ntkbook.publish import cluster, runner
-from ntkbook.publish.book import bare_notebook, checked_profile, select
+from ntkbook.publish.book import bare_notebook, checked_profile, runs_path, select
+from ntkbook.publish.files import write_text
 from ntkbook.publish.parameters import ParameterError, check_parameters, declared, from_here
 from ntkbook.publish.runcard import ENVIRONMENT, environment
 from ntkbook.publish.runner import Result
@@ -89,7 +90,8 @@ def run_sweep(
     workers: int = 0,
     progress: bool = True,
 ) -> list[Result]:
-    """Run a chapter once for each job of a sweep, each into ``runs/<chapter>/sweep-<file>/<hash of parameters>/``.
+    """Run a chapter once for each job of a sweep, each into ``runs/<chapter>/sweep-<file>/<hash of parameters>/``
+    (``sweep-<file>-<profile>`` for another profile than cpu).
 
     Beside the jobs' folders stands ``results.parquet``, written anew whenever a job ends: a row for each claim of each
     job, or a row without a claim for a job that failed, has none, or is pending. What succeeded before with the same
@@ -110,7 +112,8 @@ def run_sweep(
         A result for each job, in the file's order; a job that comes twice runs once.
 
     Raises:
-        ValueError, ParameterError: a wrong file, chapter, profile or parameter, before any run.
+        ValueError, ParameterError: a wrong file, chapter, profile or parameter, or a folder of another sweep, before
+            any run.
         ClusterError: no Dask, or a cluster that cannot run the jobs, before any run.
     """
     cluster.check_installed()
@@ -121,7 +124,7 @@ def run_sweep(
     nb = bare_notebook(root, name)
     jobs = _plan(root, name, nb, path, profile, dict(parameters or {}), check_device=not scheduler)
     folder = jobs[0].folder.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, path.resolve())
     table = Table(folder / "results.parquet", profile, jobs, declared(nb))
     results = {
         j.folder: Result(name, j.folder, "fresh") for j in jobs if not force and runner.is_fresh(j.folder, j.mark)
@@ -206,11 +209,21 @@ def _find(root: Path, path: Path) -> Path:
     raise FileNotFoundError(f"no sweep {str(path)!r}; profiles/sweeps/ has {known}")
 
 
+def _claim(folder: Path, path: Path) -> None:
+    """Make a sweep's folder, which says whose it is; ValueError where it is that of another file of the same name."""
+    mark = folder / ".file"
+    owner = Path(mark.read_text("utf8")) if mark.exists() else path
+    if owner != path and owner.exists():
+        raise ValueError(f"{folder} has the results of {owner}; rename {path}, or remove that folder")
+    write_text(mark, str(path))
+
+
 def _plan(
     root: Path, name: str, nb: Any, path: Path, profile: str, extra: dict[str, Any], *, check_device: bool
 ) -> list[Job]:
     base, owns = read_sweep(path)
-    folder, jobs = root / "runs" / name / f"sweep-{path.stem}", {}
+    folder = runs_path(root, name) / (f"sweep-{path.stem}" + ("" if profile == "cpu" else f"-{profile}"))
+    jobs: dict[Path, Job] = {}
     given = checked_profile(root, profile, name, nb)
     for own in owns:
         twice = sorted(own.keys() & extra.keys())
