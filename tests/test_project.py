@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from ntkbook.publish import citing, claims, launch, notebooks, pages, runner, scorecard
+from ntkbook.publish.book import profile_parameters
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,7 +95,7 @@ def test_profiles_change_parameters_that_the_chapters_have(profile):
     assert set(entries) == set(runner.chapters(ROOT))
     for chapter in entries:
         nb = notebooks.from_text(ROOT / "book" / f"{chapter}.md")
-        check_parameters(nb, runner.profile_parameters(ROOT, profile, chapter), chapter)
+        check_parameters(nb, profile_parameters(ROOT, profile, chapter), chapter)
 
 
 @pytest.mark.parametrize("params", ["data_dir: '/my data/x'", 'names: ["a b", c]', "$(echo x); `echo y` # \\ *", ""])

@@ -60,7 +60,10 @@ def test_a_quick_run_of_an_older_text_is_not_shown(copied):
     (result,) = runner.run(copied, ["01"], profile="quick", progress=False)
     assert storing.unless_edited(copied, result) == result
     edit(copied, *EDIT)
-    assert storing.unless_edited(copied, result).status == "failed"
+    edited = storing.unless_edited(copied, result)
+    assert edited.status == "failed"
+    before = stored(copied)
+    assert stored(site.stage(copied, [edited])) == before
     with pytest.raises(ValueError, match="other code"):
         notebooks.with_outputs(book.bare_notebook(copied, "01_toy"), notebooks.read(result.notebook))
 

@@ -180,7 +180,7 @@ def test_the_stored_sweep_fits_its_chapter():
     root = Path(__file__).parents[1]
     for path in (root / "profiles" / "sweeps").glob("*.yml"):
         for profile in ("cpu", "quick"):
-            nb = runner.bare_notebook(root, "03_precipitation")
+            nb = sweep.bare_notebook(root, "03_precipitation")
             jobs = sweep._plan(root, "03_precipitation", nb, path, profile, {}, check_device=True)
             assert len(jobs) == len({job.folder for job in jobs}) == len(sweep.read_sweep(path)[1])
 
@@ -297,7 +297,7 @@ def test_a_scheduler_by_its_address(book, monkeypatch):
 def test_a_worker_that_is_not_fit_says_why(book):
     name = "03_tiny"
     nb = notebooks.from_text(book / "book" / f"{name}.md")
-    job = sweep.Job("", {"seed": 1}, book / "x", runner.fingerprint(book, name, nb, {"seed": 1}))
+    job = sweep.Job("", {"seed": 1}, book / "x", runcard.fingerprint(book, name, nb, {"seed": 1}))
     environment = runcard.environment()
     token = book / "token"
     shared = sweep._Shared(book, name, nb, "cpu", False, token, environment)

@@ -57,7 +57,8 @@ def run(
 
     A sweep's file has a grid ({seed: [0, 1], n_sources: [5, 10]}: every combination), jobs (a list such as
     [{seed: 7}]), or both, and what they share as base ({epochs: 100}). Each job runs into
-    runs/<chapter>/sweep-<file>/<hash of parameters>/; the results come together in results.parquet beside them.
+    runs/<chapter>/sweep-<file>/<hash of parameters>/, with -<profile> after the file's name if it is not cpu; the
+    results come together in results.parquet beside them.
     The same command again runs only what has failed, changed or is missing. It needs Dask: pip install 'ntkbook[dask]'.
 
     With --scheduler, every worker must see this folder under the same path (a shared file system), have the same

@@ -95,6 +95,9 @@ def execute(
             f"{name}: the kernel died in {_last_cell(output)}; perhaps it ran out of memory\n"
             f"  what ran so far is in {output}"
         ) from failure
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of the kernel's tasks that are left behind
+        raise
     finally:
         bare.unlink(missing_ok=True)
     return _Client.peak_mib

@@ -20,7 +20,7 @@ ENVIRONMENT = ("NTKBOOK_DATA", "NTKBOOK_OFFLINE")  # says where data comes from
 PACKAGE = Path(__file__).parents[1]
 IN_A_CHAPTER = ("claims", "figures", "posterior_widget")
 """The modules of publish that chapters import to show what they measured; and those that these import at their top."""
-IN_A_SUMMARY = ("notebooks", "scorecard")
+IN_A_SUMMARY = ("book", "notebooks", "scorecard")
 """What a chapter that sums others up imports beside them."""
 
 
@@ -124,7 +124,7 @@ def stamp(mark: str, data: Iterable[str]) -> dict[str, Any]:
     if names:
         from ntkbook.experiments.data import sources
 
-        with suppress(sources.DataNotFoundError):  # NTKBOOK_DATA is no folder: the chapter itself says so
+        with suppress(OSError):  # such as an NTKBOOK_DATA that is no folder: the chapter itself says so
             places = {told.name: told.where for told in sources.status() if told.name in names}
     return {"mark": mark, "data": places}
 

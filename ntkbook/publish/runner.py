@@ -88,9 +88,9 @@ def run(
                 result = run_one(root, name, nb, profile, values, folder, force=force, progress=progress)
             except KeyboardInterrupt:
                 raise Interrupted(
-                    f"interrupted in {name}: what it had done is in {folder.relative_to(root)}{_kept(folder)}; "
-                    f"{len(done)} of {len(plans)} chapters were done before and are kept; the same command goes on "
-                    f"with {name}, from its start" + (" (without --force, which runs all again)" if force else "")
+                    f"interrupted in {name}: what it had done is in {folder.relative_to(root)}; {len(done)} of "
+                    f"{len(plans)} chapters were done before and are kept; the same command goes on with {name}, from "
+                    "its start" + (" (without --force, which runs all again)" if force else "") + _kept(folder)
                 ) from None
             done.append(after(result) if after else result)
             tqdm.write(done[-1].line, file=sys.stderr)

@@ -1,5 +1,6 @@
 """Building the rendered book: from the stored notebooks, or from quick runs in a staged copy."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,9 @@ def stage(root: Path, results: list[Result]) -> Path:
     for result in results:
         card, page = stored_card_path(target, result.chapter), stored_path(target, result.chapter)
         card.parent.mkdir(exist_ok=True)
-        shutil.copyfile(result.folder / "card.json", card)
+        made = result.folder / "card.json"
+        if result.status != "failed" or json.loads(made.read_text("utf8"))["status"] == "failed":
+            shutil.copyfile(made, card)  # but not that of a good run whose text was edited, which is not shown
         if result.status != "failed":
             notebooks.write(finished(root, result), page)
         elif not page.exists():
