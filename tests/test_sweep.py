@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ntkbook.publish import cluster, notebooks, runcard, runner, sweep
+from ntkbook.publish import cluster, notebooks, runcard, sweep
 from ntkbook.publish.parameters import ParameterError
 
 pytestmark = pytest.mark.skipif(find_spec("distributed") is None, reason="the dask extra is not installed")
