@@ -43,11 +43,18 @@ book: $(STAMP) ## run every chapter in the quick profile, build the book from th
 html: $(STAMP) ## build _build/html from the stored notebooks, running nothing
 	@$(NTKBOOK) html
 
+# By the environment, so that the shell takes none of their quotes for its own.
+run store: export CHAPTER := $(CHAPTER)
+run: export PROFILE := $(PROFILE)
+run: export PARAMS := $(PARAMS)
+
 run: $(STAMP) ## one chapter: make run CHAPTER=03 PROFILE=cpu PARAMS='seed: 3'
-	@$(NTKBOOK) run $(CHAPTER) --profile '$(PROFILE)' --params '$(PARAMS)'
+	@set -f
+	$(NTKBOOK) run $$CHAPTER --profile "$$PROFILE" --params "$$PARAMS"
 
 store: $(STAMP) ## execute chapters with their defaults and store them in book/ (CHAPTER=03, or all)
-	@$(NTKBOOK) store $(CHAPTER)
+	@set -f
+	$(NTKBOOK) store $$CHAPTER
 
 test: $(STAMP) ## all tests, a file a process; PYTEST_ARGS="-n 0 tests/test_gp.py" for some in one
 	@.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)

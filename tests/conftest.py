@@ -30,7 +30,7 @@ settings.load_profile("deterministic")
 @pytest.fixture(scope="session")
 def toybook(tmp_path_factory):
     """A copy of tests/toybook, a book of one chapter and its scorecard, stored and run in the quick profile."""
-    from ntkbook.publish import runner
+    from ntkbook.publish import runner, storing
 
     root = copy_book(TESTS / "toybook", tmp_path_factory.mktemp("toy") / "book")
     for item in ("book.css", "interactive.js", "posterior.js", "sortable.js"):
@@ -38,7 +38,7 @@ def toybook(tmp_path_factory):
         shutil.copyfile(ROOT / "book" / "_static" / item, root / "book" / "_static" / item)
     shutil.copyfile(ROOT / "_config.yml", root / "_config.yml")
     shutil.copyfile(ROOT / "book" / "references.bib", root / "book" / "references.bib")
-    assert [result.status for result in runner.store(root, progress=False)] == ["done", "done"]
+    assert [result.status for result in storing.store(root, progress=False)] == ["done", "done"]
     assert [result.status for result in runner.run(root, profile="quick", progress=False)] == ["done", "done"]
     return root
 

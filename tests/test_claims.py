@@ -62,6 +62,26 @@ def test_a_record_is_json_and_keeps_the_stand_in():
     assert record.text == "−1.0 [−2.0, −0.5]"
 
 
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ((1234.0,) * 3, "1234"),
+        ((1234567.0,) * 3, "1234567"),
+        ((276.4,) * 3, "280"),
+        ((0.00321,) * 3, "0.0032"),
+        ((-1.0, -2.0, -0.5), "−1.0 [−2.0, −0.5]"),
+        ((1250.0, 1200.0, 1300.0), "1250 [1200, 1300]"),
+        ((-1e-4, -4.5e-4, 2.5e-4), "−0.00010 [−0.00045, 0.00025]"),
+        ((2e-9, 1e-9, 3e-9), "2e−09 [1e−09, 3e−09]"),
+        ((-1.5e-8, -3.25e-8, 2e-9), "−1.5e−08 [−3.2e−08, 2e−09]"),
+        ((0.5, 1e-9, 1.0), "0.5 [1e−09, 1]"),  # the low end is above zero
+        ((1.0, 0.9999999, 1.0000001), "1 [0.9999999, 1.0000001]"),
+    ],
+)
+def test_a_value_is_shown_with_the_digits_that_mean_something(numbers, text):
+    assert make_record(BELOW, *numbers, REAL, "cpu", 3).text == text
+
+
 def test_a_direction_needs_its_kind_of_threshold():
     with pytest.raises(ValueError, match="one threshold"):
         Claim("x", "01_toy", "", "", "", "in", 0.5)

@@ -39,7 +39,10 @@ def test_errors_are_one_message(toybook, tmp_path):
     done = ntkbook("run", "1", "--params", "sede: 3", cwd=toybook)
     assert done.returncode == 1
     assert done.stderr.strip() == "ntkbook: 01_toy has no parameter 'sede'; did you mean seed or size?"
-    assert "expected YAML" in ntkbook("run", "1", "--params", "3", cwd=toybook).stderr
+    for wrong in ("3", "seed: [3", "{1: 2}"):
+        told = ntkbook("run", "1", "--params", wrong, cwd=toybook).stderr
+        assert told.startswith(f"ntkbook: --params: expected YAML such as 'seed: 3', got {wrong!r}"), told
+        assert "Traceback" not in told
     assert "give --sweep FILE too" in ntkbook("run", "1", "--workers", "2", cwd=toybook).stderr
     assert "a sweep runs one chapter; got none" in ntkbook("run", "--sweep", "x.yml", cwd=toybook).stderr
     assert "_toc.yml" in ntkbook("html", cwd=tmp_path).stderr
@@ -128,10 +131,14 @@ def test_claims_of_a_profiles_runs(tmp_path):
     folder = tmp_path / "runs" / name / "gpu"
     folder.mkdir(parents=True)
     (folder / "claims.json").write_text(json.dumps({claim.id: asdict(record)}), "utf8")
-    (folder / "card.json").write_text('{"device": "a card"}', "utf8")
+    (folder / "card.json").write_text('{"device": "a card", "status": "done"}', "utf8")
     ran = json.loads(ntkbook("claims", "--json", "--profile", "gpu", cwd=tmp_path).stdout)["claims"]
     (row,) = [row for row in ran if row["value"] is not None]
     assert (row["id"], row["value"], row["verdict"], row["hardware"]) == (claim.id, 0.5, record.verdict, "a card")
+    assert (row["run"], row["text"]) == ("done", record.text)
+    told = ntkbook("claims", "--profile", "GPU", cwd=tmp_path)
+    assert (told.returncode, told.stdout) == (1, "")
+    assert told.stderr.startswith("ntkbook: no run with profile 'GPU'; runs/ has gpu;")
     stored = json.loads(ntkbook("claims", "--json", cwd=tmp_path).stdout)["claims"]
     assert {row["value"] for row in stored} == {None}
     assert "not both" in ntkbook("claims", "--readme", "--profile", "gpu", cwd=tmp_path).stderr
@@ -146,16 +153,35 @@ def test_data_status_needs_no_network(toybook):
     }
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the cache is where the system says, not the environment")
 def test_data_fetch_offline_names_address_and_folder(toybook, tmp_path):
-    empty = {"NTKBOOK_OFFLINE": "1", "NTKBOOK_DATA": "", "XDG_CACHE_HOME": str(tmp_path)}
+    empty = {"NTKBOOK_OFFLINE": "1", "NTKBOOK_DATA": "", "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
     done = ntkbook("data", "fetch", "kmnist", cwd=toybook, **empty)
-    if sys.platform == "linux":  # where XDG_CACHE_HOME says where the cache is
-        assert done.returncode == 1
-        assert "kmnist: 2 of 2 files are not on this machine" in done.stderr
-        assert "md5:5c965bf0a639b31b8f53240b1b52f4d7" in done.stderr
-        first, second = done.stdout.splitlines()  # before anything is tried
-        assert first == "kmnist: 2 of 2 files are missing, about 4.4 MB to download, about 4.4 MB of disk needed"
-        assert re.fullmatch(r"[\d,]+ MB are free at .*/KMNIST/raw", second)
+    assert done.returncode == 1
+    assert "kmnist: 2 of 2 files are not on this machine" in done.stderr
+    assert "md5:5c965bf0a639b31b8f53240b1b52f4d7" in done.stderr
+    first, second = done.stdout.splitlines()  # before anything is tried
+    assert first == "kmnist: 2 of 2 files are missing, about 4.4 MB to download, about 4.4 MB of disk needed"
+    assert re.fullmatch(r"[\d,]+ MB are free at .*/KMNIST/raw", second)
+
+
+@pytest.mark.parametrize("fail", [True, False])
+def test_a_book_that_does_not_build_still_tells_what_ran(toybook, tmp_path, fail):
+    """And the earlier pages stay."""
+    root = shutil.copytree(toybook, tmp_path / "book")
+    pages = root / "_build" / "html"
+    pages.mkdir(parents=True)
+    (pages / "index.html").write_text("earlier", "utf8")
+    page = root / "book" / "index.md"
+    page.write_text(page.read_text("utf8") + "\n[nowhere](nowhere.md)\n", "utf8")
+    if fail:
+        (root / "profiles" / "quick.yml").write_text("01_toy: {fail: true}\n", "utf8")
+    done = ntkbook("book", "--quiet", cwd=root)
+    assert done.returncode == 1
+    assert "claims are reproduced" in done.stdout
+    assert "the book does not build" in done.stderr
+    assert ("FAILED\n01_toy: cell" in done.stderr) is fail
+    assert (pages / "index.html").read_text("utf8") == "earlier"
 
 
 @pytest.mark.parametrize("missing", ["papermill", "typer", "yaml"])

@@ -84,6 +84,9 @@ def test_mistakes_are_told(copied):
         compare.find(copied, "1/fast")
     with pytest.raises(FileNotFoundError, match="no run '1'"):
         compare.find(copied, "1")
+    (copied / "book" / "01_toy.ipynb").unlink()
+    with pytest.raises(FileNotFoundError, match=r"01_toy is not stored: .*; run `ntkbook store 01_toy`"):
+        compare.find(copied, "1/stored")
     with pytest.raises(ValueError, match="no chapter '3'"):
         compare.find(copied, "3/quick")
     with pytest.raises(ValueError, match="two runs of one chapter, got 01_toy and 07_scorecard"):

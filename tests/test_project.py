@@ -1,5 +1,6 @@
 """What the project says in several places is the same in all of them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from ntkbook.publish import citing, claims, launch, notebooks, pages, runner, scorecard
+from ntkbook.publish.book import profile_parameters
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,7 +95,26 @@ def test_profiles_change_parameters_that_the_chapters_have(profile):
     assert set(entries) == set(runner.chapters(ROOT))
     for chapter in entries:
         nb = notebooks.from_text(ROOT / "book" / f"{chapter}.md")
-        check_parameters(nb, runner.profile_parameters(ROOT, profile, chapter), chapter)
+        check_parameters(nb, profile_parameters(ROOT, profile, chapter), chapter)
+
+
+@pytest.mark.parametrize("params", ["data_dir: '/my data/x'", 'names: ["a b", c]', "$(echo x); `echo y` # \\ *", ""])
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_make_hands_parameters_on_as_they_are(tmp_path, params, how):
+    """Dollars are doubled for make, as everywhere in what it is given."""
+    told, program = tmp_path / "told", tmp_path / "ntkbook"
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {told}\n', "utf8")
+    program.chmod(0o755)
+    (tmp_path / "stamp").touch()
+    given = {"CHAPTER": "03 04*", "PROFILE": "a 'b", "PARAMS": params.replace("$", "$$")}
+    command = ["make", "-C", str(ROOT), f"NTKBOOK={program}", f"STAMP={tmp_path / 'stamp'}"]
+    arguments = [f"{key}={value}" for key, value in given.items()] if how == "argument" else []
+    environment = {**os.environ, **(given if how == "environment" else {})}
+    subprocess.run([*command, "run", *arguments], check=True, env=environment, capture_output=True)
+    expected = ["run", "03", "04*", "--profile", "a 'b", "--params", params]
+    assert told.read_text("utf8").split("\n")[:-1] == expected
+    subprocess.run([*command, "store", *arguments], check=True, env=environment, capture_output=True)
+    assert told.read_text("utf8").split() == ["store", "03", "04*"]
 
 
 def test_every_mention_of_the_repository_is_that_of_the_configuration():

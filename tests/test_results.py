@@ -83,6 +83,18 @@ def test_tables_keep_numbers_as_numbers(folder):
     assert quick == {"network": "a, b", "time": "3 s (2 to 4)"}
 
 
+def test_a_column_of_numbers_and_texts_is_one_of_texts(folder):
+    rows = {"a": {"b": 1.5, "head": 2}, "c": {"b": "none", "head": (3, 0.5)}, "d": {"b": None}}
+    results.keep_table(rows, "head", "")
+    assert pq.read_table(folder / "tables" / "01.parquet").to_pylist() == [
+        {"head (row)": "a", "b": "1.5", "head": 2.0, "head ±": None},
+        {"head (row)": "c", "b": "none", "head": 3.0, "head ±": 0.5},
+        {"head (row)": "d", "b": None, "head": None, "head ±": None},
+    ]
+    text = (folder / "tables" / "01.csv").read_text("utf8")
+    assert text.splitlines()[:2] == ["head (row),b,head,head ±", "a,1.5,2.0,"]
+
+
 def test_csv_alone_without_pyarrow(folder, monkeypatch):
     monkeypatch.setattr(results, "find_spec", lambda name: None)
     results.keep_table({"a": {"b": 1.0}}, "x", "")

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from ntkbook.publish import notebooks, runner
+from ntkbook.publish import book, execution, notebooks, runner, storing
 from ntkbook.publish.parameters import ParameterError, _fits, check_parameters, declared
 
 
@@ -17,24 +19,24 @@ def copied(toybook, tmp_path):
 
 
 def test_chapters_come_from_the_table_of_contents(toybook):
-    assert runner.chapters(toybook) == ["01_toy", "07_scorecard"]
-    assert runner.select(toybook, []) == ["01_toy", "07_scorecard"]
-    assert runner.select(toybook, ["7", "01", "01_toy"]) == ["07_scorecard", "01_toy"]
+    assert book.chapters(toybook) == ["01_toy", "07_scorecard"]
+    assert book.select(toybook, []) == ["01_toy", "07_scorecard"]
+    assert book.select(toybook, ["7", "01", "01_toy"]) == ["07_scorecard", "01_toy"]
     with pytest.raises(ValueError, match="no chapter '02'; there are 01_toy, 07_scorecard"):
-        runner.select(toybook, ["02"])
+        book.select(toybook, ["02"])
 
 
 def test_the_root_is_found_from_below(toybook, tmp_path):
-    assert runner.find_root(toybook / "book" / "results") == toybook
+    assert book.find_root(toybook / "book" / "results") == toybook
     with pytest.raises(FileNotFoundError, match=r"_toc\.yml"):
-        runner.find_root(tmp_path)
+        book.find_root(tmp_path)
 
 
 def test_a_profile_changes_the_defaults(toybook):
-    assert runner.profile_parameters(toybook, "cpu", "01_toy") == {}
-    assert runner.profile_parameters(toybook, "quick", "01_toy") == {"profile": "quick", "size": 5}
+    assert book.profile_parameters(toybook, "cpu", "01_toy") == {}
+    assert book.profile_parameters(toybook, "quick", "01_toy") == {"profile": "quick", "size": 5}
     with pytest.raises(ValueError, match="no profile 'fast'; there are cpu, quick"):
-        runner.profile_parameters(toybook, "fast", "01_toy")
+        book.profile_parameters(toybook, "fast", "01_toy")
 
 
 def test_types_are_as_annotated(toybook):
@@ -127,7 +129,7 @@ def test_a_stored_notebook_is_the_chapter_with_outputs(toybook):
 def test_storing_again_changes_no_byte(copied):
     files = sorted((copied / "book").glob("*.ipynb"))
     before = [path.read_bytes() for path in files]
-    runner.store(copied, force=True, progress=False)
+    storing.store(copied, force=True, progress=False)
     assert [path.read_bytes() for path in files] == before
 
 
@@ -156,12 +158,12 @@ def test_new_prose_is_stored_without_a_new_run(copied):
     chapter, stored = copied / "book" / "01_toy.md", copied / "book" / "01_toy.ipynb"
     before = notebooks.read(stored)
     chapter.write_text(chapter.read_text("utf8").replace("# A toy chapter", "# Another title"), "utf8")
-    assert runner.store(copied, ["01"], progress=False)[0].status == "fresh"
+    assert storing.store(copied, ["01"], progress=False)[0].status == "fresh"
     after = notebooks.read(stored)
     assert after.cells[0].source.startswith("# Another title")
     assert [cell.get("outputs") for cell in after.cells] == [cell.get("outputs") for cell in before.cells]
     (result,) = runner.run(copied, ["01"], profile="quick", progress=False)
-    shown = runner.finished(copied, result)
+    shown = storing.finished(copied, result)
     assert sum("injected-parameters" in cell.metadata.get("tags", []) for cell in shown.cells) == 1
     assert len(shown.cells) == len(after.cells) + 1
 
@@ -172,7 +174,7 @@ def test_the_text_alone_is_stored_where_the_code_is_the_same(copied):
     before, text = notebooks.read(stored), chapter.read_text("utf8")
     described = ":tags: [hide-input]\n:mystnb: {image: {alt: a line}}"
     chapter.write_text(text.replace("# A toy", "# Another").replace(":tags: [hide-input]", described, 1), "utf8")
-    assert runner.store_text(copied, ["01"]) == [stored]
+    assert storing.store_text(copied, ["01"]) == [stored]
     after = notebooks.read(stored)
     assert after.cells[0].source.startswith("# Another")
     assert [cell.get("outputs") for cell in after.cells] == [cell.get("outputs") for cell in before.cells]
@@ -181,10 +183,10 @@ def test_the_text_alone_is_stored_where_the_code_is_the_same(copied):
     ]
     chapter.write_text(text + "\n```{code-cell} ipython3\n1 + 1\n```\n", "utf8")
     with pytest.raises(ValueError, match=r"01_toy\.ipynb has other code: run `ntkbook store 01_toy`"):
-        runner.store_text(copied, ["01"])
+        storing.store_text(copied, ["01"])
     stored.unlink()
     with pytest.raises(ValueError, match=r"01_toy\.ipynb is not there"):
-        runner.store_text(copied, ["01"])
+        storing.store_text(copied, ["01"])
 
 
 def test_a_fingerprint_sees_what_a_run_depends_on(copied, monkeypatch):
@@ -224,3 +226,89 @@ def test_progress_is_an_overall_bar_and_one_a_chapter(copied, capsys):
     assert "chapters" in told.err
     assert "07_scorecard" in told.err
     assert "cell" in told.err
+
+
+def quickly(root):
+    return runner.run(root, ["01"], profile="quick", force=True, progress=False)
+
+
+def test_a_failure_of_any_kind_is_of_its_chapter_alone(copied, monkeypatch):
+    def execute(nb, output, values, *, name, **_):
+        if name == "01_toy":
+            raise RuntimeError("Kernel didn't respond in 60 seconds")
+        notebooks.write(nb, output)
+
+    monkeypatch.setattr(execution, "execute", execute)
+    failed, done = runner.run(copied, profile="quick", force=True, progress=False)
+    assert (failed.status, done.status) == ("failed", "done")
+    assert failed.error.startswith("01_toy: RuntimeError: Kernel didn't respond in 60 seconds")
+    assert json.loads((failed.folder / "card.json").read_text("utf8"))["status"] == "failed"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_earlier_run_is_kept_until_a_new_one_succeeds(copied, monkeypatch, error):
+    folder = copied / "runs" / "01_toy" / "quick"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    def execute(nb, output, values, **_):
+        notebooks.write(nb, output)
+        raise error("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(execution, "execute", execute)
+        for _ in range(2):  # the second has no good run to move aside, and must not lose the one that is there
+            if error is KeyboardInterrupt:
+                with pytest.raises(runner.Interrupted, match=r"the last run that succeeded is kept in .*previous"):
+                    quickly(copied)
+            else:
+                assert "the last run that succeeded is kept in" in quickly(copied)[0].error
+            kept = runner.previous(folder)
+            assert {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()} == before
+            assert (kept / "figures").is_dir()
+            assert (folder / "notebook.ipynb").exists()  # what it had done
+    patched_done(monkeypatch)
+    assert quickly(copied)[0].status == "done"
+    assert not runner.previous(folder).exists()
+
+
+def one(root):
+    nb = book.bare_notebook(root, "01_toy")
+    return root, "01_toy", nb, "quick", book.profile_parameters(root, "quick", "01_toy")
+
+
+def patched_done(monkeypatch):
+    """Chapters end well, at once."""
+    monkeypatch.setattr(execution, "execute", lambda nb, output, values, **_: notebooks.write(nb, output))
+
+
+def test_a_second_run_waits_for_the_first_and_takes_its_result(copied, monkeypatch, capsys):
+    folder = copied / "runs" / "01_toy" / "other"
+    patched_done(monkeypatch)
+    with ThreadPoolExecutor() as pool:
+        with runner._alone(folder, "the first"):
+            second = pool.submit(runner.run_one, *one(copied), folder, progress=False)
+            end, told = time.monotonic() + 60, ""
+            while "waiting" not in told:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+                told += capsys.readouterr().err
+            assert not folder.exists()
+            root, name, nb, _, values = one(copied)
+            mark = runner.fingerprint(root, name, nb, values)
+            runner._set_aside(folder)
+            assert runner._run_into(folder, *one(copied), mark, name, False).status == "done"
+        assert second.result(60).status == "fresh"
+    assert told == f"01_toy: waiting for another process, which runs it into {folder}\n"
+
+
+def test_a_kernel_that_dies_is_told_with_its_cell(copied):
+    """In a folder whose name papermill would take for a template."""
+    root = copied.rename(copied.with_name("{a} book"))
+    chapter = book.text_path(root, "01_toy")
+    text = chapter.read_text("utf8").replace('raise RuntimeError("asked to fail")', "import os; os._exit(1)")
+    chapter.write_text(text, "utf8")
+    (result,) = runner.run(root, ["1"], parameters={"fail": True}, progress=False)
+    assert result.status == "failed"
+    assert result.error.startswith("01_toy: the kernel died in cell 5, which starts with: draws = np.random")
+    assert f"what ran so far is in {result.notebook}" in result.error
+    assert result.notebook.exists()

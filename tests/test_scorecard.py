@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,21 @@ def test_entries_are_json_and_say_where_a_value_comes_from(found, toybook):
     assert [nowhere[key] for key in ("value", "text", "hardware", "cell", "verdict", "paper_value")] == [
         None, "not measured", None, None, "not evaluated", "no more than 3",
     ]  # fmt: skip
+
+
+def test_a_runs_verdicts_are_by_the_present_criterion_and_say_how_it_ended(toybook, tmp_path):
+    root = Path(shutil.copytree(toybook, tmp_path / "book"))
+    stricter = replace(TOY, threshold=5.0)
+    (toy,) = scorecard.entries(root, "cpu", (stricter,))
+    assert (toy["criterion"], toy["verdict"], toy["run"]) == ("> 5", "not reproduced", "done")
+    card = root / "runs" / "01_toy" / "cpu" / "card.json"
+    card.write_text(json.dumps(json.loads(card.read_text("utf8")) | {"status": "failed"}), "utf8")
+    found = scorecard.entries(root, "cpu", (TOY, NOWHERE))
+    assert [entry["run"] for entry in found] == ["failed", "failed"]
+    for text in (scorecard.as_text(found), scorecard.as_markdown(found)):
+        assert text.count("] (the run: failed)") == text.count("not measured (the run: failed)") == 1
+    with pytest.raises(ValueError, match=r"no run with profile 'gpu'; runs/ has cpu,.* quick"):
+        scorecard.entries(root, "gpu", (TOY,))
 
 
 def test_one_line_for_all_verdicts():

@@ -54,7 +54,7 @@ def test_how_a_chapter_was_run():
 
 
 def test_a_new_card_tells_when(toybook):
-    card = status.read_card(toybook / "book", "01_toy")
+    card = status.read_card(toybook, "01_toy")
     assert card
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d\+00:00", card["finished"])
 
@@ -64,9 +64,9 @@ def test_an_old_card_is_as_old_as_its_commit(copied, monkeypatch):
     path.write_text(json.dumps({key: value for key, value in CARD.items() if key != "finished"}), "utf8")
     asked = []
     monkeypatch.setattr("ntkbook.publish.pages.last_change", lambda *of: asked.append(of) or "2024-03-01")
-    card = status.read_card(copied / "book", "01_toy")
+    card = status.read_card(copied, "01_toy")
     assert card
-    assert (card["finished"], asked) == ("2024-03-01", [(copied / "book", [path])])
+    assert (card["finished"], asked) == ("2024-03-01", [(copied, [path])])
 
 
 def test_a_changed_verdict_changes_the_line(copied):

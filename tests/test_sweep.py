@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ntkbook.publish import cluster, notebooks, runner, sweep
+from ntkbook.publish import cluster, notebooks, runcard, sweep
 from ntkbook.publish.parameters import ParameterError
 
 pytestmark = pytest.mark.skipif(find_spec("distributed") is None, reason="the dask extra is not installed")
@@ -31,6 +31,7 @@ kernelspec: {name: python3, display_name: Python 3, language: python}
 
 profile: str = "cpu"
 device: str = "cpu"
+data_dir: str = ""
 seed: int = 0
 scale: float = 1.0
 names: list[str] = ["a"]
@@ -91,8 +92,8 @@ def log(root):
     return [int(line.split()[0]) for line in path.read_text("utf8").splitlines()] if path.exists() else []
 
 
-def table(root):
-    return pq.read_table(root / "runs" / "03_tiny" / "sweep-s" / "results.parquet")
+def table(root, name="sweep-s"):
+    return pq.read_table(root / "runs" / "03_tiny" / name / "results.parquet")
 
 
 def test_a_grid_is_every_combination_and_jobs_come_after(tmp_path):
@@ -139,6 +140,7 @@ def test_a_file_that_is_no_sweep(tmp_path, text, message):
         ("grid: {seed: [0]}", {"parameters": {"seed": 1}}, "'seed' is given by --params and by a job"),
         ("jobs: [{}]", {"parameters": {"sede": 1}}, "no parameter 'sede'"),
         ("jobs: [{}]", {"profile": "fast"}, "no profile 'fast'"),
+        ("jobs: [{data_dir: 3}]", {}, "'data_dir' is str, got 3"),
         ("jobs: [{device: 'cuda:1'}]", {}, "sees one GPU: expected device 'cuda', got 'cuda:1'"),
         ("jobs: [{device: cuda}]", {}, "wants a GPU"),
         ("jobs: [{}]", {"scheduler": "tcp://127.0.0.1:1", "workers": 2}, "a scheduler has its own workers"),
@@ -178,7 +180,7 @@ def test_the_stored_sweep_fits_its_chapter():
     root = Path(__file__).parents[1]
     for path in (root / "profiles" / "sweeps").glob("*.yml"):
         for profile in ("cpu", "quick"):
-            nb = runner.bare_notebook(root, "03_precipitation")
+            nb = sweep.bare_notebook(root, "03_precipitation")
             jobs = sweep._plan(root, "03_precipitation", nb, path, profile, {}, check_device=True)
             assert len(jobs) == len({job.folder for job in jobs}) == len(sweep.read_sweep(path)[1])
 
@@ -192,7 +194,9 @@ def test_a_failed_job_is_kept_apart_and_only_it_runs_again(book, monkeypatch, ca
     told = capsys.readouterr()
     assert [result.status for result in results] == ["done", "done", "failed"]  # seed 1 comes twice, and runs once
     assert sorted(log(book)) == [1, 2, 3]
-    assert {line.split()[1] for line in (book / "book" / "log").read_text("utf8").splitlines()} == {"here"}
+    assert {line.split()[1] for line in (book / "book" / "log").read_text("utf8").splitlines()} == {
+        os.path.abspath("here")
+    }
     assert "03_tiny (seed=3, names=['b', 'c'], fail=True): cell 4" in results[2].error
     assert "RuntimeError: asked to fail" in results[2].error
     assert told.err.count("\n") == 3
@@ -201,7 +205,7 @@ def test_a_failed_job_is_kept_apart_and_only_it_runs_again(book, monkeypatch, ca
         "profile": "half", "scale": 2, "seed": 2,
     }  # fmt: skip
 
-    found = table(book)
+    found = table(book, "sweep-s-half")
     assert {field.name: field.type for field in found.schema} == {
         **dict.fromkeys(("job", "status", "error", "profile", "params.profile", "params.names"), pa.string()),
         **dict.fromkeys(("claim", "criterion", "verdict", "data", "note"), pa.string()),
@@ -228,7 +232,7 @@ def test_a_failed_job_is_kept_apart_and_only_it_runs_again(book, monkeypatch, ca
     assert [result.status for result in results] == ["fresh", "fresh", "done"]
     assert log(book)[3:] == [3]
     assert told.startswith("2 of 3 jobs are done already\ndone 3/3, failed 0: seed=3")
-    assert table(book)["status"].to_pylist() == ["done"] * 6
+    assert table(book, "sweep-s-half")["status"].to_pylist() == ["done"] * 6
 
     monkeypatch.setattr(cluster, "local", lambda *a, **k: pytest.fail("nothing is left to run"))
     assert {result.status for result in sweep.run_sweep(book, "3", path, profile="half")} == {"fresh"}
@@ -238,7 +242,30 @@ def test_a_failed_job_is_kept_apart_and_only_it_runs_again(book, monkeypatch, ca
     chapter.write_text(TINY.replace("n=3", "n=4"), "utf8")
     with pytest.raises(pytest.fail.Exception, match="nothing is left"):
         sweep.run_sweep(book, "3", path, profile="half")
-    assert table(book)["status"].to_pylist() == ["pending"] * 3
+    assert table(book, "sweep-s-half")["status"].to_pylist() == ["pending"] * 3
+
+
+def test_two_sweeps_do_not_share_a_folder(book, monkeypatch):
+    """Not by profile, nor by a file's name; the same file, edited or moved, goes on with what is there."""
+    monkeypatch.chdir(book)
+    path, other = write(book, "jobs: [{seed: 1, data_dir: x}]"), write(book / "profiles", "jobs: [{seed: 2}]")
+
+    def folder(path, profile="cpu"):
+        monkeypatch.setattr(cluster, "local", lambda *a, **k: pytest.fail("it goes on"))
+        with pytest.raises(pytest.fail.Exception, match="it goes on"):
+            sweep.run_sweep(book, "3", path, profile=profile)
+        (job,) = sweep._plan(
+            book, "03_tiny", sweep.bare_notebook(book, "03_tiny"), path, profile, {}, check_device=True
+        )
+        return job
+
+    assert folder(path).folder.parent.name == "sweep-s"
+    assert folder(path).values["data_dir"] == str(book / "x")
+    assert folder(path, "half").folder.parent.name == "sweep-s-half"
+    with pytest.raises(ValueError, match=rf"sweep-s has the results of {path}; rename {other}, or remove"):
+        sweep.run_sweep(book, "3", other)
+    path.unlink()
+    assert folder(other).folder.parent.name == "sweep-s"
 
 
 def test_a_scheduler_by_its_address(book, monkeypatch):
@@ -251,7 +278,9 @@ def test_a_scheduler_by_its_address(book, monkeypatch):
         monkeypatch.setenv("NTKBOOK_DATA", "there")  # after the workers' start: it must come with the jobs
         first, second = sweep.run_sweep(book, "3", path, scheduler=running.scheduler_address, progress=False)
         assert (first.status, second.status) == ("done", "done")
-        assert sorted((book / "book" / "log").read_text("utf8").splitlines()) == ["1 there", "2 there"]
+        assert sorted((book / "book" / "log").read_text("utf8").splitlines()) == [
+            f"{i} {os.path.abspath('there')}" for i in (1, 2)
+        ]
 
         chapter = book / "book" / "03_tiny.md"
         chapter.write_text(TINY.replace("n=3", "n=4"), "utf8")
@@ -268,8 +297,8 @@ def test_a_scheduler_by_its_address(book, monkeypatch):
 def test_a_worker_that_is_not_fit_says_why(book):
     name = "03_tiny"
     nb = notebooks.from_text(book / "book" / f"{name}.md")
-    job = sweep.Job("", {"seed": 1}, book / "x", runner.fingerprint(book, name, nb, {"seed": 1}))
-    environment = {key: os.environ[key] for key in sweep.ENVIRONMENT if key in os.environ}
+    job = sweep.Job("", {"seed": 1}, book / "x", runcard.fingerprint(book, name, nb, {"seed": 1}))
+    environment = runcard.environment()
     token = book / "token"
     shared = sweep._Shared(book, name, nb, "cpu", False, token, environment)
     with pytest.raises(ValueError, match=f"it does not see {book}; a sweep needs a file system"):
@@ -277,7 +306,7 @@ def test_a_worker_that_is_not_fit_says_why(book):
     token.touch()
     sweep._check(shared, job)
     (book / "requirements.lock").write_text("torch==0\n", "utf8")
-    with pytest.raises(ValueError, match=r"its ntkbook, Python or requirements\.lock differs"):
+    with pytest.raises(ValueError, match=r"its ntkbook, Python, packages or requirements\.lock differ"):
         sweep._check(shared, job)
 
 

@@ -113,6 +113,11 @@ def test_gpu_runs_where_a_variable_says_or_says_why_not():
     assert "$GITHUB_STEP_SUMMARY" in step["run"]
 
 
+def test_no_other_label_cancels_a_gpu_run_that_waits():
+    assert "concurrency" not in WORKFLOWS["gpu"]
+    assert WORKFLOWS["gpu"]["jobs"]["chapters"]["concurrency"] == {"group": "gpu", "cancel-in-progress": False}
+
+
 def test_gpu_keeps_what_there_is_when_a_chapter_fails():
     steps = WORKFLOWS["gpu"]["jobs"]["chapters"]["steps"]
     assert not any("continue-on-error" in step for step in steps), "a chapter that fails must fail the job"
@@ -129,7 +134,12 @@ def test_gpu_keeps_what_there_is_when_a_chapter_fails():
 
 def test_publish_builds_from_the_stored_notebooks_and_deploys():
     jobs = WORKFLOWS["publish"]["jobs"]
-    assert triggers("publish")["push"] == {"branches": ["main"]}
+    assert set(triggers("publish")) == {"workflow_run", "workflow_dispatch"}
+    assert triggers("publish")["workflow_run"] == {"workflows": ["ci"], "types": ["completed"], "branches": ["main"]}
+    assert WORKFLOWS["ci"]["name"] == "ci"
+    for needed in ("workflow_run.event == 'push'", "workflow_run.conclusion == 'success'"):
+        assert f"github.event.{needed}" in jobs["build"]["if"], "what ci.yml has not passed is not shown"
+    assert jobs["build"]["steps"][0]["with"]["ref"] == "${{ github.event.workflow_run.head_sha || github.sha }}"
     assert [step["run"] for step in jobs["build"]["steps"] if "run" in step] == ["make html PYTHON=python"]
     assert jobs["build"]["steps"][0]["with"]["fetch-depth"] == 0, "the dates of last changes need the history"
     assert jobs["build"]["steps"][-1]["with"] == {"path": "_build/html"}

@@ -103,11 +103,14 @@
       box.querySelector(".ntk-static").hidden = true;
       new MutationObserver(show).observe(
         document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
-    }).catch((error) => {
-      live.remove();
-      box.querySelector(".ntk-controls")?.remove();
-      console.error("interactive figure:", error);
-    });
+    }).catch((error) => giveUp(box, error));
+  }
+
+  // The static figure stays, and the page's other figures are drawn.
+  function giveUp(box, error) {
+    box.querySelectorAll(".ntk-live, .ntk-controls").forEach((part) => part.remove());
+    box.querySelector(".ntk-static").hidden = false;
+    console.error("interactive figure:", error);
   }
 
   function start() {
@@ -115,7 +118,13 @@
     if (!boxes.length) return;
     const script = document.createElement("script");
     script.src = new URL("plotly.min.js", here).href;
-    script.onload = () => boxes.forEach(draw);
+    script.onload = () => boxes.forEach((box) => {
+      try {
+        draw(box);
+      } catch (error) {
+        giveUp(box, error);
+      }
+    });
     document.head.appendChild(script);
   }
 

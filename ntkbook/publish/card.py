@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from ntkbook.publish import runner
+from ntkbook.publish.book import find_root
 from ntkbook.publish.claims import outputs
 from ntkbook.publish.figures import CONTEXT, METHOD, TRUTH
 from ntkbook.publish.pages import CARD, CARD_SIZE
@@ -76,4 +76,4 @@ def _colour(label: str) -> str:
 
 
 if __name__ == "__main__":
-    print(write(runner.find_root()))
+    print(write(find_root()))

@@ -85,19 +85,20 @@ def show_data(*provenances: Any) -> None:
 
 def collect(notebook: str | Path | Mapping[str, Any]) -> dict[str, Record]:
     """The records stored in an executed notebook, by claim id, in the order of its cells."""
-    glued = glued_json(notebook)
-    return {key.removesuffix("-record"): Record(**value) for key, value in glued.items() if key.endswith("-record")}
+    return {
+        name.removesuffix("-record"): Record(**json.loads(data["text/plain"]))
+        for name, data in glued(notebook).items()
+        if name.endswith("-record")
+    }
 
 
 def collect_data(notebook: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """The data an executed notebook declared with :func:`show_data`, by name."""
-    return {key.removeprefix("data-"): v for key, v in glued_json(notebook).items() if key.startswith("data-")}
-
-
-def glued_json(notebook: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Everything stored as JSON in an executed notebook, by name."""
-    texts = {name: data.get("text/plain", "") for name, data in glued(notebook).items()}
-    return {name: json.loads(text) for name, text in texts.items() if text.startswith("{")}
+    return {
+        name.removeprefix("data-"): json.loads(data["text/plain"])
+        for name, data in glued(notebook).items()
+        if name.startswith("data-")
+    }
 
 
 def glued(notebook: str | Path | Mapping[str, Any]) -> dict[str, dict[str, Any]]:

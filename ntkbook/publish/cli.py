@@ -12,6 +12,7 @@ try:
 
     from ntkbook.publish import compare as comparison
     from ntkbook.publish import listing, runner, scorecard, site
+    from ntkbook.publish.book import find_root
 except ImportError as missing:
     raise SystemExit(
         f"ntkbook's command line needs the book extra ({missing.name} is not installed): pip install 'ntkbook[book]'"
@@ -56,7 +57,8 @@ def run(
 
     A sweep's file has a grid ({seed: [0, 1], n_sources: [5, 10]}: every combination), jobs (a list such as
     [{seed: 7}]), or both, and what they share as base ({epochs: 100}). Each job runs into
-    runs/<chapter>/sweep-<file>/<hash of parameters>/; the results come together in results.parquet beside them.
+    runs/<chapter>/sweep-<file>/<hash of parameters>/, with -<profile> after the file's name if it is not cpu; the
+    results come together in results.parquet beside them.
     The same command again runs only what has failed, changed or is missing. It needs Dask: pip install 'ntkbook[dask]'.
 
     With --scheduler, every worker must see this folder under the same path (a shared file system), have the same
@@ -64,13 +66,11 @@ def run(
     CUDA_VISIBLE_DEVICES. Without it, workers share this machine's cores, and each gets one GPU if the device is cuda.
     """
     if list_chapters or help_chapter:
-        root = runner.find_root()
+        root = find_root()
         print(listing.parameters_text(root, help_chapter) if help_chapter else listing.chapters_text(root))
         return
-    values = yaml.safe_load(params) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"--params: expected YAML such as 'seed: 3', got {params!r}")
-    root = runner.find_root()
+    values = _parameters(params)
+    root = find_root()
     if sweep:
         results = _run_sweep(root, chapters or [], sweep, profile, values, force, scheduler, workers, not quiet)
     elif scheduler or workers:
@@ -91,13 +91,14 @@ def store(
 ) -> None:
     """Execute chapters with their default parameters and write them with outputs into book/; and launch/ anew."""
     from ntkbook.publish import launch as launched
+    from ntkbook.publish import storing
 
-    root = runner.find_root()
+    root = find_root()
     if text:
-        runner.store_text(root, chapters or ())
+        storing.store_text(root, chapters or ())
         launched.write(root)
         return
-    results = runner.store(root, chapters or (), force=force, progress=not quiet)
+    results = storing.store(root, chapters or (), force=force, progress=not quiet)
     launched.write(root)
     _exit_if_failed(results)
 
@@ -105,17 +106,24 @@ def store(
 @app.command()
 def html() -> None:
     """Build _build/html from the stored notebooks, executing nothing."""
-    print(site.build(runner.find_root()))
+    print(site.build(find_root()))
 
 
 @app.command()
 def book(force: Force = False, quiet: Quiet = False) -> None:
     """Run every chapter in the quick profile, build the book from these runs, print the scorecard."""
-    root = runner.find_root()
+    from ntkbook.publish import storing
+
+    root = find_root()
     results = runner.run(root, profile="quick", force=force, progress=not quiet)
-    index = site.build(root, site.stage(root, results))
+    results = [storing.unless_edited(root, result) for result in results]
     print(scorecard.as_text(scorecard.entries(root), scorecard.gather_runs(root / "runs", "quick")))
-    print(f"The book: {index}")
+    try:
+        print(f"The book: {site.build(root, site.stage(root, results))}")
+    except site.BuildError as error:  # perhaps as chapters failed, which are told below in any case
+        print(f"ntkbook: {error}", file=sys.stderr)
+        _exit_if_failed(results)
+        raise typer.Exit(1) from error
     _exit_if_failed(results)
 
 
@@ -127,7 +135,7 @@ def claims(
     profile: Annotated[str, typer.Option(help="Of the runs in runs/ with this profile, not the stored ones.")] = "",
 ) -> None:
     """Show the claims with their stored values and verdicts."""
-    root = runner.find_root()
+    root = find_root()
     if profile and readme:
         raise ValueError("the README shows the stored claims; give --readme or --profile, not both")
     found = scorecard.entries(root, profile)
@@ -152,7 +160,7 @@ def compare(
     A run is a folder with a card.json, or CHAPTER/NAME with a folder's name in runs/<chapter>/, or CHAPTER/stored for
     the run that the book shows.
     """
-    root = runner.find_root()
+    root = find_root()
     first = comparison.find(root, one)
     second = comparison.find(root, two, first.card["chapter"])
     if as_json:
@@ -168,7 +176,7 @@ def cite(
     """Show how to cite the paper, the book and each data set."""
     from ntkbook.publish import citing
 
-    root = runner.find_root()
+    root = find_root()
     if write:
         print(citing.write(root))
     else:
@@ -180,7 +188,7 @@ def launch() -> None:
     """Write launch/: chapters for Colab and Binder, which first install what they need."""
     from ntkbook.publish import launch as launched
 
-    print(*launched.write(runner.find_root()), sep="\n")
+    print(*launched.write(find_root()), sep="\n")
 
 
 @data.command()
@@ -234,6 +242,16 @@ def _run_sweep(
     table = results[0].folder.parent / "results.parquet"
     print(f"{results[0].chapter}: {done} of {len(results)} jobs done, {table.relative_to(root)}")
     return results
+
+
+def _parameters(text: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--params: expected YAML such as 'seed: 3', got {text!r}: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"--params: expected YAML such as 'seed: 3', got {text!r}")
+    return values
 
 
 def _mb(size: int) -> str:

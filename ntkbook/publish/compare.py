@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ntkbook.publish import runner
+from ntkbook.publish.book import runs_path, select, stored_card_path, stored_path
 from ntkbook.publish.claims import collect
 from ntkbook.publish.listing import columns
 from ntkbook.publish.parameters import parameters
@@ -41,13 +41,17 @@ def find(root: Path, wanted: str, chapter: str = "") -> Run:
     if not (folder / "card.json").exists():
         first, _, name = wanted.strip("/").partition("/")
         first, name = (first, name) if name or not chapter else (chapter, first)
-        (chapter,) = runner.select(root, [first])
+        (chapter,) = select(root, [first])
         if name == STORED:
-            card, notebook = root / "book" / "results" / f"{chapter}.card.json", root / "book" / f"{chapter}.ipynb"
+            card, notebook = stored_card_path(root, chapter), stored_path(root, chapter)
+            if not card.exists() or not notebook.exists():
+                raise FileNotFoundError(
+                    f"{chapter} is not stored: expected {notebook} and {card}; run `ntkbook store {chapter}`"
+                )
             return _read(wanted, card, notebook, collect(notebook))
-        folder = root / "runs" / chapter / name
+        folder = runs_path(root, chapter) / name
         if not name or not (folder / "card.json").exists():
-            there = sorted(p.parent.relative_to(folder.parent) for p in (root / "runs" / chapter).rglob("card.json"))
+            there = sorted(p.parent.relative_to(folder.parent) for p in runs_path(root, chapter).rglob("card.json"))
             names = ", ".join(f"{chapter}/{path}" for path in [*there, STORED])
             raise FileNotFoundError(f"no run {wanted!r}; there are {names}, and any folder with a card.json")
     claims = folder / "claims.json"  # not there where not even the kernel started

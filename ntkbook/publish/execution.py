@@ -16,6 +16,7 @@ from papermill.utils import remove_args
 
 from ntkbook.publish import notebooks
 from ntkbook.publish.results import FOLDER
+from ntkbook.publish.runcard import environment
 
 _PEAK = "__import__('resource').getrusage(0).ru_maxrss"  # KiB on Linux, bytes on macOS, not there on Windows
 
@@ -40,13 +41,13 @@ class _Engine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, results: str = "", **kwargs: Any
+        cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, variables: Any = None, **kwargs: Any
     ) -> Any:
         kwargs = remove_args(["input_path", "log_output", "stdout_file", "stderr_file"], **kwargs)
         kwargs |= {"kernel_name": kernel_name, "startup_timeout": start_timeout}
         # ipykernel warns at every start that its local sockets are not encrypted, and tells of errors when interrupted.
         client = _Client(nb_man, extra_arguments=["--IPKernelApp.log_level=50"], **kwargs)
-        return client.execute(env={**os.environ, FOLDER: results})
+        return client.execute(env={**os.environ, **(variables or {})})
 
 
 papermill_engines.register("ntkbook", _Engine)
@@ -81,17 +82,38 @@ def execute(
     _Client.peak_mib = None
     try:
         execute_notebook(
-            bare, output, values, engine_name="ntkbook", kernel_name="python3", cwd=cwd, progress_bar=bar,
-            results=str(output.parent),
+            _literal(bare), _literal(output), values, engine_name="ntkbook", kernel_name="python3", cwd=cwd,
+            progress_bar=bar, variables={**environment(), FOLDER: str(output.parent)},
         )  # fmt: skip
     except PapermillExecutionError as failure:
-        first = (failure.source.strip().splitlines() or [""])[0]
-        where = f"cell {failure.cell_index + 1} (In [{failure.exec_count}]), which starts with: {first}"
+        where = f"cell {failure.cell_index + 1} (In [{failure.exec_count}]), {_starts(failure.source)}"
         raise ChapterError(
             f"{name}: {where}\n  {failure.ename}: {failure.evalue}\n  what ran so far is in {output}"
         ) from failure
     except DeadKernelError as failure:
-        raise ChapterError(f"{name}: the kernel died; perhaps it ran out of memory") from failure
+        raise ChapterError(
+            f"{name}: the kernel died in {_last_cell(output)}; perhaps it ran out of memory\n"
+            f"  what ran so far is in {output}"
+        ) from failure
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of the kernel's tasks that are left behind
+        raise
     finally:
-        bare.unlink()
+        bare.unlink(missing_ok=True)
     return _Client.peak_mib
+
+
+def _literal(path: Path) -> str:
+    """A path that means itself to papermill, which puts parameters in where it finds braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def _starts(source: str) -> str:
+    return f"which starts with: {(source.strip().splitlines() or [''])[0]}"
+
+
+def _last_cell(output: Path) -> str:
+    """The last cell that papermill started, as its notebook tells."""
+    cells = enumerate(notebooks.read(output).cells if output.exists() else [], start=1)
+    started = [(number, cell) for number, cell in cells if cell.metadata.get("papermill", {}).get("start_time")]
+    return f"cell {started[-1][0]}, {_starts(started[-1][1].source)}" if started else "no cell, before the first"

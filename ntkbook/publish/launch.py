@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from ntkbook.publish import notebooks, runner
+from ntkbook.publish import notebooks
+from ntkbook.publish.book import bare_notebook, chapters
 
 FOLDER = "launch"
 CHECKOUT = "ntkbook-checkout"
@@ -26,7 +27,7 @@ def install_text(repository: str) -> str:
 
 def notebook(root: Path, name: str) -> Any:
     """A chapter's notebook with the cell that installs first."""
-    nb = runner.bare_notebook(root, name)
+    nb = bare_notebook(root, name)
     repository = yaml.safe_load((root / "_config.yml").read_text("utf8"))["repository"]["url"]
     cell = {"cell_type": "code", "source": install_text(repository), "metadata": {}, "outputs": []}
     nb.cells.insert(0, notebooks.NotebookNode({**cell, "execution_count": None, "metadata": notebooks.NotebookNode()}))
@@ -41,7 +42,7 @@ def path(root: Path, name: str) -> Path:
 def write(root: Path) -> list[Path]:
     """Write the notebooks of all chapters, and return where they are."""
     paths = []
-    for name in runner.chapters(root):
+    for name in chapters(root):
         notebooks.write(notebook(root, name), path(root, name))
         paths.append(path(root, name))
     return paths

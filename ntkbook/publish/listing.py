@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from ntkbook.publish import runner
+from ntkbook.publish.book import bare_notebook, chapters, checked_profile, select
 from ntkbook.publish.parameters import parameters
 
 
@@ -24,10 +24,8 @@ def chapters_text(root: Path) -> str:
     """Every chapter with its title and profiles."""
     from ntkbook.publish import notebooks
 
-    names = runner.chapters(root)
-    rows = [
-        [name, notebooks.title(runner.bare_notebook(root, name)), ", ".join(profiles(root, name))] for name in names
-    ]
+    names = chapters(root)
+    rows = [[name, notebooks.title(bare_notebook(root, name)), ", ".join(profiles(root, name))] for name in names]
     return columns([["chapter", "title", "profiles"], *rows])
 
 
@@ -39,9 +37,9 @@ def parameters_text(root: Path, wanted: str) -> str:
     """
     from ntkbook.publish import notebooks
 
-    (name,) = runner.select(root, [wanted])
-    nb = runner.bare_notebook(root, name)
-    changes = {profile: runner.checked_profile(root, profile, name, nb) for profile in profiles(root, name)}
+    (name,) = select(root, [wanted])
+    nb = bare_notebook(root, name)
+    changes = {profile: checked_profile(root, profile, name, nb) for profile in profiles(root, name)}
     lines = [
         f"{name}: {notebooks.title(nb)}",
         "The defaults are the cpu profile; change them with --params 'NAME: value'.",

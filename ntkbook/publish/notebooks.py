@@ -8,6 +8,8 @@ import jupytext
 import nbformat
 from nbformat import NotebookNode
 
+from ntkbook.publish.files import write_text
+
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 KEPT_CELL_METADATA = ("tags", "mystnb", "nbsphinx", "slideshow", "jupyter")
 
@@ -51,7 +53,12 @@ def with_outputs(bare: NotebookNode, executed: NotebookNode) -> NotebookNode:
 
     So rewording needs no new run, nor do the figures' alternative texts, which are options
     (``mystnb: {image: {alt: …}}``). The cell of parameters that papermill injected is kept after the chapter's own.
+
+    Raises:
+        ValueError: the run is of other code, so that its outputs would stand under cells that did not make them.
     """
+    if sources(bare) != sources(executed):
+        raise ValueError("the chapter has other code than the run; run it again")
     code = [cell for cell in executed.cells if cell.cell_type == "code"]
     cells = []
     for cell in bare.cells:
@@ -82,9 +89,7 @@ def read(path: str | Path) -> NotebookNode:
 
 def write(nb: NotebookNode, path: str | Path) -> None:
     """Write a notebook as nbformat does, with a final newline, making its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(nb, path)
+    write_text(Path(path), nbformat.writes(nb).rstrip("\n") + "\n")
 
 
 def _strip_cell(position: int, cell: NotebookNode) -> dict[str, Any]:

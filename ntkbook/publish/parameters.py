@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 KINDS: dict[str, tuple[type, ...]] = {
@@ -61,6 +62,12 @@ def check_parameters(nb: Any, values: Mapping[str, Any], chapter: str) -> None:
                 f"{chapter}: parameter {name!r} is {kind}, got {value!r} ({type(value).__name__}); "
                 + _hint(value, kind)
             )
+
+
+def from_here(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as a user gives them, with ``data_dir`` absolute, as the kernel does not stand where the user does."""
+    folder = values.get("data_dir")
+    return {**values, "data_dir": str(Path(folder).resolve())} if isinstance(folder, str) and folder else dict(values)
 
 
 def declared(nb: Any) -> dict[str, str]:

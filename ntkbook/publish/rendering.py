@@ -108,11 +108,12 @@ def tally_html(found: Sequence[Mapping[str, Any]]) -> str:
 def overview_html(root: Path, found: Sequence[Mapping[str, Any]]) -> str:
     """The chapters with how many of their claims have which verdict."""
     from ntkbook.publish import notebooks
+    from ntkbook.publish.book import bare_notebook
 
     rows = "".join(
         f'<tr><th scope="row"><a href="{chapter}.html">{html.escape(title)}</a></th><td>{tally_html(own)}</td></tr>'
         for chapter, own in by_chapter(found).items()
-        for title in [notebooks.title(notebooks.from_text(root / "book" / f"{chapter}.md"))]
+        for title in [notebooks.title(bare_notebook(root, chapter))]
     )
     return f'<table class="overview"><tbody>{rows}</tbody></table>'
 

@@ -63,12 +63,20 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), path.with_suffix(".parquet"))
+        table = pa.table({name: _one_type(values) for name, values in columns.items()})
+        pq.write_table(table, path.with_suffix(".parquet"))
+
+
+def _one_type(values: Sequence[Any]) -> list[Any]:
+    """A column as Parquet takes it: all texts where some are."""
+    texts = any(isinstance(value, str) for value in values)
+    return [str(value) if texts and value is not None else value for value in values]
 
 
 def _columns(rows: Mapping[str, Mapping[str, Any]], head: str) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {head: list(rows)}
-    for name in dict.fromkeys(name for row in rows.values() for name in row):
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    columns: dict[str, list[Any]] = {f"{head} (row)" if head in names else head: list(rows)}
+    for name in names:
         cells = [row.get(name) for row in rows.values()]
         pairs = [cell if isinstance(cell, tuple) else (cell, None) for cell in cells]
         columns[name] = [_plain(value) for value, _ in pairs]

@@ -5,9 +5,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ntkbook.publish.book import runs_path, stored_card_path, stored_path
 from ntkbook.publish.claims import Bundle, collect, glued, outputs, registry
 from ntkbook.publish.rendering import anchor, as_html, by_chapter, overview_html, row_html, tally_html
 from ntkbook.publish.verdicts import (
@@ -30,43 +32,58 @@ def entries(root: str | Path, profile: str = "", claims: tuple[Claim, ...] | Non
     """Every claim of the registry with what was measured for it, in JSON's own types.
 
     Each has id, chapter, place in the paper, sentence, quantity, criterion and paper_value; value, low and high (the
-    ends of the 95 % interval), n, profile, data, stand_in, hardware and note, None where nothing was measured; text,
-    the value as it is shown; verdict; inconclusive, whether a part of the interval of what is not reproduced meets the
-    criterion; link, relative to the built chapters, to the row that shows it; and cell, the
-    number In [..] of the cell that measures it.
+    ends of the 95 % interval), n, profile, data, stand_in, hardware and note, None where nothing was measured; run, how
+    the run ended, None for a stored one; text, the value as it is shown, with how the run ended unless well; verdict,
+    by the present criterion whatever that of the run was; inconclusive, whether a part of the interval of what is not
+    reproduced meets the criterion; link, relative to the built chapters, to the row that shows it; and cell, the number
+    In [..] of the cell that measures it.
 
     Args:
         root: the book's folder.
         profile: of the runs in ``runs/`` with this profile; of the stored notebooks if empty.
         claims: another registry than the book's.
+
+    Raises:
+        ValueError: there is no run with this profile at all.
     """
     known = registry(claims)
+    if profile and not list(Path(root, "runs").glob(f"*/{profile}/card.json")):
+        there = sorted({path.parent.name for path in Path(root, "runs").glob("*/*/card.json")})
+        raise ValueError(
+            f"no run with profile {profile!r}; runs/ has {', '.join(there) or 'none'}; `ntkbook run` makes more"
+        )
     runs = {name: _run(Path(root), name, profile) for name in dict.fromkeys(claim.chapter for claim in known.values())}
     return [_entry(claim, *runs[claim.chapter]) for claim in known.values()]
 
 
-def _run(root: Path, chapter: str, profile: str) -> tuple[dict[str, Record], str | None, dict[str, int]]:
-    """A run's records, its device, and the numbers of the cells that made them."""
-    book, folder = root / "book", root / "runs" / chapter / profile
+def _run(root: Path, chapter: str, profile: str) -> tuple[dict[str, Record], dict[str, Any], dict[str, int]]:
+    """A run's records, how it ended and on what, and the numbers of the cells that made them."""
+    folder = runs_path(root, chapter) / profile
     if profile:
         card, notebook, records = folder / "card.json", folder / "notebook.ipynb", _records(folder / "claims.json")
     else:
-        card, notebook = book / "results" / f"{chapter}.card.json", book / f"{chapter}.ipynb"
+        card, notebook = stored_card_path(root, chapter), stored_path(root, chapter)
         records = collect(notebook) if notebook.exists() else {}
-    device = json.loads(card.read_text("utf8"))["device"] if card.exists() else None
-    return records, device, _cell_numbers(notebook) if notebook.exists() else {}
+    facts = json.loads(card.read_text("utf8")) if card.exists() else {}
+    run = {"status": facts.get("status") if profile else None, "device": facts.get("device")}
+    return records, run, _cell_numbers(notebook) if notebook.exists() else {}
 
 
-def _entry(claim: Claim, records: dict[str, Record], device: str | None, cells: dict[str, int]) -> dict[str, Any]:
+def _entry(claim: Claim, records: dict[str, Record], run: dict[str, Any], cells: dict[str, int]) -> dict[str, Any]:
     result = records.get(claim.id)
+    if result:  # judged again, as the criterion may have changed since the run
+        facts = {"profile": result.profile, "stand_in": result.stand_in}
+        result = replace(result, verdict=judge(claim, result.value, result.low, result.high, **facts))
+    ended = "" if run["status"] in (None, "done") else f" (the run: {run['status']})"
     measured = ("value", "low", "high", "n", "profile", "stand_in", "note")
     return {
         **{key: getattr(claim, key) for key in ("id", "chapter", "place", "sentence", "quantity", "criterion")},
         "paper_value": claim.paper_value or None,
         **{key: getattr(result, key, None) for key in measured},
-        "text": result.text if result else "not measured",
+        "run": run["status"],
+        "text": (result.text if result else "not measured") + ended,
         "data": result.description if result and result.value is not None else None,
-        "hardware": device if result and result.value is not None else None,
+        "hardware": run["device"] if result and result.value is not None else None,
         "verdict": result.verdict if result else NOT_EVALUATED,
         "inconclusive": bool(result and inconclusive(claim, result)),
         "link": f"{claim.chapter}.html" + (f"#{anchor(claim.id)}" if result else ""),

@@ -1,5 +1,6 @@
 """Building the rendered book: from the stored notebooks, or from quick runs in a staged copy."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 import yaml
 
 from ntkbook.publish import pages
-from ntkbook.publish.runner import Result, finished
+from ntkbook.publish.book import stored_card_path, stored_path
+from ntkbook.publish.runner import Result
 
 STAGE = Path("runs") / "site"
 
@@ -31,20 +33,24 @@ def build(root: Path, source: Path | None = None) -> Path:
     Raises:
         BuildError: the build warned or failed.
     """
-    out = root / "_build" / "html"
-    shutil.rmtree(out, ignore_errors=True)
+    out, new = root / "_build" / "html", root / "_build" / "new"
+    shutil.rmtree(new, ignore_errors=True)
     program = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
-    command = [*program, "build", str(source or root), "--path-output", str(root)]
+    command = [*program, "build", str(source or root), "--path-output", str(new)]
     # --all: pages quote numbers from each other, which Sphinx does not see as a dependency.
     done = subprocess.run(
         [*command, "--all", "-W", "-n", "--keep-going", "-q"], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise BuildError(f"the book does not build:\n{done.stdout}\n{done.stderr}".rstrip())
-    static = out / "_static"
+    made = new / "_build" / "html"
+    static = made / "_static"
     shutil.copyfile(str(files("plotly") / "package_data" / "plotly.min.js"), static / "plotly.min.js")
     first = yaml.safe_load(((source or root) / "_toc.yml").read_text("utf8"))["root"]
-    pages.dress_front_door(out, first)
+    pages.dress_front_door(made, first)
+    shutil.rmtree(out, ignore_errors=True)  # only now: a book that does not build leaves the earlier pages
+    made.rename(out)
+    shutil.rmtree(new)
     return out / "index.html"
 
 
@@ -54,6 +60,7 @@ def stage(root: Path, results: list[Result]) -> Path:
     A chapter whose run failed keeps its stored notebook; one that has none is left out of the copy's contents.
     """
     from ntkbook.publish import notebooks
+    from ntkbook.publish.storing import finished
 
     target = root / STAGE
     shutil.rmtree(target, ignore_errors=True)
@@ -62,10 +69,11 @@ def stage(root: Path, results: list[Result]) -> Path:
     shutil.copyfile(root / "_config.yml", target / "_config.yml")
     toc = (root / "_toc.yml").read_text("utf8").splitlines(keepends=True)
     for result in results:
-        card = target / "book" / "results" / f"{result.chapter}.card.json"
+        card, page = stored_card_path(target, result.chapter), stored_path(target, result.chapter)
         card.parent.mkdir(exist_ok=True)
-        shutil.copyfile(result.folder / "card.json", card)
-        page = target / "book" / f"{result.chapter}.ipynb"
+        made = result.folder / "card.json"
+        if result.status != "failed" or json.loads(made.read_text("utf8"))["status"] == "failed":
+            shutil.copyfile(made, card)  # but not that of a good run whose text was edited, which is not shown
         if result.status != "failed":
             notebooks.write(finished(root, result), page)
         elif not page.exists():

@@ -11,7 +11,8 @@ from typing import Any
 
 from docutils import nodes
 
-from ntkbook.publish import notebooks, pages, runner, scorecard
+from ntkbook.publish import notebooks, pages, scorecard
+from ntkbook.publish.book import chapters, stored_card_path, stored_path
 from ntkbook.publish.citing import linked
 from ntkbook.publish.claims import collect
 from ntkbook.publish.rendering import anchor as claim_anchor
@@ -23,13 +24,13 @@ SCORECARD = "07_scorecard.html"
 Card = dict[str, Any]
 
 
-def read_card(book: Path, chapter: str) -> Card | None:
+def read_card(root: Path, chapter: str) -> Card | None:
     """A chapter's run card, None where there is none; ``finished`` is its last commit's day if it has none."""
-    path = book / "results" / f"{chapter}.card.json"
+    path = stored_card_path(root, chapter)
     if not path.exists():
         return None
     card = json.loads(path.read_text("utf8"))
-    return {"finished": pages.last_change(book, [path]), **card}
+    return {"finished": pages.last_change(root, [path]), **card}
 
 
 def outcome(notebook: Path) -> str:
@@ -57,14 +58,14 @@ def cards_page(root: Path, repository: str) -> str:
         root: the folder of the book, with ``_toc.yml``.
         repository: its address, for links to commits.
     """
-    shown = runner.chapters(root)
-    stored = {path.name.removesuffix(".card.json") for path in (root / "book" / "results").glob("*.card.json")}
+    shown = chapters(root)
+    stored = {path.name.removesuffix(".card.json") for path in stored_card_path(root, "*").parent.glob("*.card.json")}
     names = [*shown, *sorted(stored - set(shown))]
-    return "\n\n".join(_section(root / "book", name, name in shown, repository) for name in names)
+    return "\n\n".join(_section(root, name, name in shown, repository) for name in names)
 
 
-def _section(book: Path, name: str, shown: bool, repository: str) -> str:
-    card, notebook = read_card(book, name), book / f"{name}.ipynb"
+def _section(root: Path, name: str, shown: bool, repository: str) -> str:
+    card, notebook = read_card(root, name), stored_path(root, name)
     if card is None:
         told = ["**No run card** says how this chapter was run."]
     elif card["status"] != "done":
@@ -152,7 +153,7 @@ def _head(app: Any, doctree: nodes.document) -> None:
         first = claim_anchor(next(iter(collect(notebook))))
         line += [_link(told, f"#{first}"), nodes.Text(" ("), _link("scorecard", SCORECARD)]
         line += nodes.Text(") · ")
-    line += _link(how_run(read_card(notebook.parent, notebook.stem)), f"status.html#{anchor(notebook.stem)}")
+    line += _link(how_run(read_card(notebook.parents[1], notebook.stem)), f"status.html#{anchor(notebook.stem)}")
     title = next(iter(doctree.findall(nodes.title)))
     title.parent.insert(title.parent.index(title) + 1, line)
 

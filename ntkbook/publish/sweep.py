@@ -13,10 +13,12 @@ from typing import Any
 import yaml
 
 from ntkbook.publish import cluster, runner
-from ntkbook.publish.parameters import ParameterError, check_parameters, declared
+from ntkbook.publish.book import bare_notebook, checked_profile, runs_path, select
+from ntkbook.publish.files import write_text
+from ntkbook.publish.parameters import ParameterError, check_parameters, declared, from_here
+from ntkbook.publish.runcard import ENVIRONMENT, environment
 from ntkbook.publish.runner import Result
 
-ENVIRONMENT = ("NTKBOOK_DATA", "NTKBOOK_OFFLINE")  # where data comes from: the same for all workers
 EXAMPLE = "such as 'grid: {seed: [0, 1]}' or 'jobs: [{seed: 3}]', and 'base: {...}' for what all jobs share"
 CLAIM = ("claim", "criterion", "value", "low", "high", "n", "verdict", "data", "stand_in", "note")
 
@@ -88,7 +90,8 @@ def run_sweep(
     workers: int = 0,
     progress: bool = True,
 ) -> list[Result]:
-    """Run a chapter once for each job of a sweep, each into ``runs/<chapter>/sweep-<file>/<hash of parameters>/``.
+    """Run a chapter once for each job of a sweep, each into ``runs/<chapter>/sweep-<file>/<hash of parameters>/``
+    (``sweep-<file>-<profile>`` for another profile than cpu).
 
     Beside the jobs' folders stands ``results.parquet``, written anew whenever a job ends: a row for each claim of each
     job, or a row without a claim for a job that failed, has none, or is pending. What succeeded before with the same
@@ -96,7 +99,7 @@ def run_sweep(
 
     Args:
         root: the book's folder, with ``_toc.yml``.
-        chapter: one chapter as in :func:`ntkbook.publish.runner.select`.
+        chapter: one chapter as in :func:`ntkbook.publish.book.select`.
         path: the sweep's file, or the name of one in ``profiles/sweeps/``; see :func:`read_sweep`.
         profile: as in :func:`ntkbook.publish.runner.run`.
         parameters: further overrides for all jobs; none that a job sets itself.
@@ -109,18 +112,19 @@ def run_sweep(
         A result for each job, in the file's order; a job that comes twice runs once.
 
     Raises:
-        ValueError, ParameterError: a wrong file, chapter, profile or parameter, before any run.
+        ValueError, ParameterError: a wrong file, chapter, profile or parameter, or a folder of another sweep, before
+            any run.
         ClusterError: no Dask, or a cluster that cannot run the jobs, before any run.
     """
     cluster.check_installed()
     if scheduler and workers:
         raise ValueError("--workers is of a cluster on this machine; a scheduler has its own workers")
-    (name,) = runner.select(root, [chapter])
+    (name,) = select(root, [chapter])
     path = _find(root, Path(path))
-    nb = runner.bare_notebook(root, name)
+    nb = bare_notebook(root, name)
     jobs = _plan(root, name, nb, path, profile, dict(parameters or {}), check_device=not scheduler)
     folder = jobs[0].folder.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, path.resolve())
     table = Table(folder / "results.parquet", profile, jobs, declared(nb))
     results = {
         j.folder: Result(name, j.folder, "fresh") for j in jobs if not force and runner.is_fresh(j.folder, j.mark)
@@ -136,8 +140,7 @@ def run_sweep(
         cuda = any(str(job.values.get("device", "")).startswith("cuda") for job in todo)
         connected = cluster.remote(scheduler) if scheduler else cluster.local(len(todo), cuda=cuda, workers=workers)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".running-") as token, connected as client:
-            environment = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
-            shared = _Shared(root, name, nb, profile, force, Path(token.name), environment)
+            shared = _Shared(root, name, nb, profile, force, Path(token.name), environment())
             cluster.check_workers(client, _check, shared, todo[0])
             for job, result in _as_completed(client, shared, todo):
                 results[job.folder] = result
@@ -206,17 +209,27 @@ def _find(root: Path, path: Path) -> Path:
     raise FileNotFoundError(f"no sweep {str(path)!r}; profiles/sweeps/ has {known}")
 
 
+def _claim(folder: Path, path: Path) -> None:
+    """Make a sweep's folder, which says whose it is; ValueError where it is that of another file of the same name."""
+    mark = folder / ".file"
+    owner = Path(mark.read_text("utf8")) if mark.exists() else path
+    if owner != path and owner.exists():
+        raise ValueError(f"{folder} has the results of {owner}; rename {path}, or remove that folder")
+    write_text(mark, str(path))
+
+
 def _plan(
     root: Path, name: str, nb: Any, path: Path, profile: str, extra: dict[str, Any], *, check_device: bool
 ) -> list[Job]:
     base, owns = read_sweep(path)
-    folder, jobs = root / "runs" / name / f"sweep-{path.stem}", {}
-    given = runner.checked_profile(root, profile, name, nb)
+    folder = runs_path(root, name) / (f"sweep-{path.stem}" + ("" if profile == "cpu" else f"-{profile}"))
+    jobs: dict[Path, Job] = {}
+    given = checked_profile(root, profile, name, nb)
     for own in owns:
         twice = sorted(own.keys() & extra.keys())
         if twice:
             raise ParameterError(f"{twice[0]!r} is given by --params and by a job of {path}; take it out of one")
-        values = {**given, **base, **own, **extra}
+        values = {**given, **from_here({**base, **own, **extra})}
         check_parameters(nb, values, name)
         device = str(values.get("device", ""))
         if device.startswith("cuda:"):
@@ -238,22 +251,18 @@ def _check(shared: _Shared, job: Job) -> None:
         raise ValueError(f"it does not see {shared.token.parent}; a sweep needs a file system that all workers share")
     if runner.fingerprint(shared.root, shared.chapter, shared.nb, job.values) != job.mark:
         raise ValueError(
-            "its ntkbook, Python or requirements.lock differs from that of the sweep; install the same everywhere, "
-            "and do not change files while a sweep runs"
+            "its ntkbook, Python, packages or requirements.lock differ from that of the sweep; install the same "
+            "everywhere, and do not change files while a sweep runs"
         )
 
 
 def _run(shared: _Shared, job: Job) -> Result:
-    """On a worker: run a job. The lock keeps off a second sweep, or a worker that was given up but still runs it."""
-    import filelock
-
+    """On a worker: run a job, after a second sweep, or a worker that was given up but still runs it."""
     _check(shared, job)
-    job.folder.mkdir(exist_ok=True)
-    with filelock.FileLock(job.folder / ".lock"):
-        return runner.run_one(
-            shared.root, shared.chapter, shared.nb, shared.profile, job.values, job.folder,
-            force=shared.force, progress=False, label=f"{shared.chapter} ({job.label})",
-        )  # fmt: skip
+    return runner.run_one(
+        shared.root, shared.chapter, shared.nb, shared.profile, job.values, job.folder,
+        force=shared.force, progress=False, label=f"{shared.chapter} ({job.label})",
+    )  # fmt: skip
 
 
 def _as_completed(client: Any, shared: _Shared, jobs: list[Job]) -> Any:

@@ -83,16 +83,22 @@ class Record:
             return "not measured"
         if self.low == self.high:
             return plain(self.value)
-        width = self.high - self.low
-        decimals = min(max(1 - math.floor(math.log10(width)), 0), 6) if width > 0 else 3
-        while decimals < 6 and any(v and round(v, decimals) == 0 for v in (self.low, self.high)):
+        width = abs(self.high - self.low)
+        decimals = max(1 - math.floor(math.log10(width)), 0)
+        while decimals <= 6 and any(v and round(v, decimals) == 0 for v in (self.low, self.high)):
             decimals += 1  # a verdict may hang on which side of zero an end lies
+        if decimals > 6:
+            largest = max(abs(self.low), abs(self.high))
+            digits = math.floor(math.log10(largest)) - math.floor(math.log10(width)) + 2
+            return f"{plain(self.value, digits)} [{plain(self.low, digits)}, {plain(self.high, digits)}]"
         value, low, high = (f"{v:.{decimals}f}".replace("-", "−") for v in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
 
 
 def plain(value: float, digits: int = 2) -> str:
-    """A number by its first digits: ``0.0032``, ``280``, ``9.2e−10``."""
+    """A number by its first digits: ``0.0032``, ``280``, ``9.2e−10``; whole numbers by all."""
+    if value == round(value) and abs(value) < 1e9:
+        return f"{value:.0f}".replace("-", "−")
     text = f"{value:.{digits}g}"
     return (f"{float(text):.0f}" if "e+" in text and abs(value) < 1e6 else text).replace("-", "−")
 
