@@ -1,5 +1,6 @@
 """What a network must be for a linearisation to mean something, and errors that say what to do where it is not."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
 RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
+CALLING = threading.RLock()
+"""Held while a network is called: meanwhile it holds other tensors and hooks, which another thread, also with a network
+that shares its modules, would find there and leave there. Of forward mode, too, torch has one for all threads."""
 
 
 def outside_inference_mode(method: Callable) -> Callable:
@@ -147,8 +151,10 @@ def explained(method: str) -> Iterator[None]:
     """Say what to do where torch.func meets an operation that it cannot transform.
 
     The fused nn.TransformerEncoderLayer and nn.MultiheadAttention of evaluation, which have no derivatives, are off
-    inside; the fused kernels of functional.scaled_dot_product_attention are the caller's choice, and stay.
+    inside; the fused kernels of functional.scaled_dot_product_attention are the caller's choice, and stay. One thread at
+    a time.
     """
+    CALLING.acquire()
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -169,3 +175,4 @@ def explained(method: str) -> Iterator[None]:
         raise
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        CALLING.release()

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ntkbook.checks import outside_inference_mode, probe, require_pure, require_separate
+from ntkbook.checks import CALLING, outside_inference_mode, probe, require_pure, require_separate
 
 
 class FunctionalNetwork:
@@ -22,7 +22,14 @@ class FunctionalNetwork:
         *,
         chunk_size: int | None = None,
     ) -> None:
-        own = dict(net.named_parameters())
+        with CALLING:
+            own, buffers = dict(net.named_parameters()), dict(net.named_buffers())
+            placed = {
+                f"{path}.{key}" if path else key: value
+                for path, module in net.named_modules()
+                for key, value in [*module._parameters.items(), *module._buffers.items()]
+                if value is not None
+            }
         if isinstance(params, str):
             raise ValueError(f"params: expected an iterable of names, such as [{params!r}]; got the string {params!r}.")
         names = [name for name in own if own[name].requires_grad] if params is None else list(params)
@@ -50,17 +57,12 @@ class FunctionalNetwork:
             raise ValueError(f"chunk_size: expected a positive number of examples, got {chunk_size}.")
         self.net = net
         self.params = {name: value.detach().clone() for name, value in chosen.items()}
-        constants = {name: value for name, value in own.items() if name not in chosen} | dict(net.named_buffers())
+        constants = {name: value for name, value in own.items() if name not in chosen} | buffers
         self.constants = {name: value.detach().clone() for name, value in constants.items()}
         # Where each tensor sits, tied ones in several places. functional_call can find the ties itself, but when one
         # module has two names it leaves its own tensors behind in the network (torch 2.15).
-        names = {id(value): name for name, value in [*own.items(), *net.named_buffers()]}
-        self._places = {
-            f"{path}.{key}" if path else key: names[id(value)]
-            for path, module in net.named_modules()
-            for key, value in [*module._parameters.items(), *module._buffers.items()]
-            if value is not None
-        }
+        names = {id(value): name for name, value in [*own.items(), *buffers.items()]}
+        self._places = {place: names[id(value)] for place, value in placed.items()}
         self.chunk_size = chunk_size
         self._one_derivative = False  # whether forward and reverse mode were seen to agree
         self._separate = False  # whether examples were seen not to depend on each other
@@ -105,7 +107,8 @@ class FunctionalNetwork:
         # A copy of x, for networks that begin by working on it in place.
         values = {**self.constants, **params}
         placed = {place: values[name] for place, name in self._places.items()}
-        return functional_call(self.net, placed, (x.clone(),), tie_weights=False)
+        with CALLING:
+            return functional_call(self.net, placed, (x.clone(),), tie_weights=False)
 
     def _call(self, params: Mapping[str, Tensor], x: Tensor) -> Float[Tensor, "n o"]:
         outputs = self._raw(params, x)

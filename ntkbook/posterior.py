@@ -26,6 +26,9 @@ class Posterior(Movable):
     factorisation, or one cached subspace. Differentiable in new inputs; in the data by Cholesky alone. (Its subclass
     `ntkbook.tasks.TaskPosterior` is for many patterns of missing values and for hyperparameters of each task.)
 
+    Threads may share one, as they may a `Linearization`: its calls of the network wait for each other. Calls of your own
+    to the network, or its training, in another thread do not, and would meet tensors of the library's in it.
+
     To save one, `torch.save(posterior, file)`; to load it, `torch.load(file, weights_only=False)`, which runs code that
     the file holds. It then says the same to the last bit. The network's class and a function for the mean must be
     importable where it is loaded, and the versions of ntkbook and torch those that saved it.
