@@ -8,7 +8,7 @@ from gpytorch.distributions import MultivariateNormal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntkbook.hyperparameters import ProfileLikelihood
+from ntkbook.hyperparameters import ProfileLikelihood, rounding
 from ntkbook.iterative import Iterative
 from ntkbook.linearize import Linearization
 from ntkbook.memory import require_memory, total_memory
@@ -58,8 +58,11 @@ class NTKGP(Movable):
         solver: str | Iterative | Nystrom | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        if isinstance(mean, str) and mean not in ("zero", "constant", "network"):
-            raise ValueError(f'mean: expected "zero", "constant", "network" or a function, got {mean!r}.')
+        if mean not in ("zero", "constant", "network") and not callable(mean):
+            raise (ValueError if isinstance(mean, str) else TypeError)(
+                f'mean: expected "zero", "constant" (which fit sets), "network" or a function of x, got {mean!r}. A '
+                "number c is lambda x: torch.full((len(x),), c)."
+            )
         if space not in ("function", "parameter"):
             raise ValueError(f'space: expected "function" or "parameter", got {space!r}.')
         if not isinstance(solver, Iterative | Nystrom) and solver not in (None, "cholesky", "cg", "auto"):
@@ -91,7 +94,7 @@ class NTKGP(Movable):
 
         In either space and with any solver by one eigendecomposition of K (n·o × n·o): the likelihood of a ratio σ²/s²
         then costs n operations, and s² and the constant are closed-form, so one dimension is searched: a grid over 16
-        decades, then Brent's method.
+        decades, or as far as K is not lost in rounding, then Brent's method. A warning says when the best is at an end.
         Given `noise`, a variance for each point, only outputscale (and constant) are fitted.
 
         Args:
@@ -112,7 +115,8 @@ class NTKGP(Movable):
         if fixed is not None:
             gram, r, basis = fixed[:, None] * gram * fixed, fixed * r, fixed[:, None] * basis
         eigenvalues, vectors = torch.linalg.eigh(gram)
-        likelihood = ProfileLikelihood(eigenvalues.clamp_min(0), vectors.T @ r, vectors.T @ basis, fixed is not None)
+        data = eigenvalues.clamp_min(0), vectors.T @ r, vectors.T @ basis
+        likelihood = ProfileLikelihood(*data, fixed is not None, rounding(gram.diagonal()))
         best = likelihood.maximise()
         scale, noise_, constant = likelihood.solution(best)
         self.outputscale = scale

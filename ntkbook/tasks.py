@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ntkbook.hyperparameters import rounding
 from ntkbook.memory import require_memory, working_memory
 from ntkbook.posterior import Posterior
 
@@ -111,11 +112,12 @@ def fit(
     level: Float[Tensor, " T"],
     outputs: int,
     constant: bool,
+    least: float,
 ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"], Float[Tensor, "T o"], Bool[Tensor, " T"], Bool[Tensor, " T"]]:
     """s², σ², constants, which tasks determine them, and which cannot be fitted at all: these hold no numbers to use.
 
     Args:
-        y: zero where not observed. level: the mean of each task's prior variances for s² = 1.
+        y: zero where not observed. level: the mean of each task's prior variances for s² = 1. least: of σ²/s².
     """
     n = observed.sum(1).to(y)
     units = torch.eye(outputs if constant else 0, outputs, dtype=y.dtype, device=y.device)
@@ -126,7 +128,8 @@ def fit(
     z = y - (columns @ centre[..., None])[..., 0]
     impossible = (n < 2) | ~(level > 0) | (z.norm(dim=1) <= 1e-13 * y.norm(dim=1))
     middle = level.where(level > 0, 1).log10()
-    low, high = middle - 12, middle + 4  # where NTKGP.fit looks
+    low = (middle - 12).clamp_min(math.log10(least))  # where NTKGP.fit looks
+    high = (middle + 4).maximum(low)
     tasks = Tasks(basis, observed, torch.cat([z[..., None], columns], dim=2))
     unseen = torch.diag_embed((counts == 0).to(y))
 
@@ -188,11 +191,12 @@ def fit_tasks(
     tasks, _, o = residuals.shape
     constant = gp.mean == "constant"
     each = (basis.rank**2 + basis.features.shape[0] * (3 + 2 * o * constant)) * residuals.element_size()
+    least = max(rounding(level), torch.finfo(level.dtype).tiny)  # a kernel may be zero
     parts = []
     for part in residuals.flatten(1).split(max(1, working_memory(residuals.device) // (4 * each))):
         observed = ~part.isnan()
         mean_level = (observed.to(level) @ level) / observed.sum(1).clamp_min(1)
-        parts.append(fit(basis, observed, part.nan_to_num(), mean_level, o, constant))
+        parts.append(fit(basis, observed, part.nan_to_num(), mean_level, o, constant, least))
     scale, noise, c, determined, impossible = (torch.cat(part) for part in zip(*parts))
     if not determined.all():
         warnings.warn(

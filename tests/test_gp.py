@@ -371,13 +371,36 @@ def test_fit_says_when_the_data_determine_nothing():
         NTKGP(dead).fit(x, draw(30))
 
 
+@pytest.mark.filterwarnings("ignore:fit.*determine:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("points", ["a line", "few, often"])
+def test_condition_takes_what_fit_finds_where_there_is_no_noise(points, dtype):
+    """Also in float32, whose rounding of the Gram matrix is larger than the noise that fits best."""
+    net = network(inputs=1, width=50).to(dtype)
+    x = torch.linspace(-3, 3, 100, dtype=dtype)[:, None]
+    x = x if points == "a line" else x[::10].repeat(10, 1)
+    y, noise = torch.sin(2 * x[:, 0]), torch.full((100,), 1e-9, dtype=dtype)
+    gp = NTKGP(net, dtype=dtype).fit(x, y)
+    posterior = gp.condition(x, y)
+    assert (posterior.mean(x) - y).abs().max() < 0.1
+    evidence = float(posterior.log_marginal_likelihood)
+    many = gp.condition_tasks(x, y[None], hyperparameters=gp.fit_tasks(x, y[None]))
+    assert float(many.log_marginal_likelihood) == pytest.approx(evidence, rel=0.01)
+    gp = NTKGP(net, dtype=dtype).fit(x, y, noise=noise)
+    assert (gp.condition(x, y, noise=noise).mean(x) - y).abs().max() < 0.1
+    if dtype == torch.float32:
+        for given in (None, noise):
+            with pytest.warns(UserWarning, match="Beyond lies the kernel's rounding in torch.float32; that in"):
+                gp.fit(x, y, noise=given)
+
+
 # ------------------------------------------------------------------ errors
 
 
 def test_errors_say_what_to_do():
     net, x, y = network(), draw(6, 2), draw(6, seed=1)
     gp = NTKGP(net)
-    with pytest.raises(ValueError, match='expected "zero", "constant", "network" or a function, got \'linear\''):
+    with pytest.raises(ValueError, match='expected "zero", "constant" .*, "network" or a function of x, got \'linear\''):
         NTKGP(net, mean="linear")
     for name, value in (("outputscale", 0.0), ("noise", -1.0), ("noise", math.nan), ("outputscale", math.inf)):
         with pytest.raises(ValueError, match=f"{name}: expected a positive number"):
