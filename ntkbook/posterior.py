@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -141,8 +142,8 @@ class Posterior(Movable):
         return self._gp._noise(self._sigma2 if noise is None else noise, like).flatten()
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of f at x: (m,) or (m, o). No m × m matrix is formed: for many points."""
-        return self.marginals(x)[0]
+        """The mean of f at x: (m,) or (m, o), from the weights: cheaper than `marginals`. For many points."""
+        return self._in_parts(x, lambda part: (self._means(part, self._cross(part)),))[0]
 
     def variance(self, x: Tensor) -> Tensor:
         """The variance of f at x, of the mean's shape. No m × m matrix is formed: for many points."""
@@ -162,38 +163,49 @@ class Posterior(Movable):
         return draws if self._tasks else draws[:, 0]
 
     def marginals(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`mean` and `variance` at once, for one's price."""
+        """`mean` and `variance` at once, for the variance's price."""
+        mean, variance = self._in_parts(x, lambda part: self._moments(part, full=False))
+        return mean, variance
+
+    def _in_parts(self, x: Tensor, compute: Callable[[Tensor], tuple[Float[Tensor, "t m o"], ...]]) -> list[Tensor]:
+        """What it gives at the points x, as many at a time as fit the memory."""
         x = self._gp._inputs(x)
         columns = len(self._x) * self._o
         if not self._crossed:
             columns = max(1, *(int(group.report.rank.max()) for group in self._groups))
         size = max(1, working_memory(x.device) // (32 * columns * self._o))
-        parts = [self._moments(part, full=False) for part in x.split(size)]
-        mean, variance = (torch.cat(part, dim=1) for part in zip(*parts))
-        if self._o == 1:
-            mean, variance = mean[..., 0], variance[..., 0]
-        return (mean, variance) if self._tasks else (mean[0], variance[0])
+        found = [torch.cat(part, dim=1) for part in zip(*map(compute, x.split(size)))]
+        found = found if self._o > 1 else [value[..., 0] for value in found]
+        return found if self._tasks else [value[0] for value in found]
+
+    def _cross(self, x: Tensor) -> Float[Tensor, "mo no"]:
+        """The prior covariance of f at x and at all data."""
+        if self._crossed:
+            return self._lin.gram(x, self._x).mul_(self._scale)
+        # Only tasks without data, which take no column, look at it.
+        return x.new_zeros((), dtype=self._lin.dtype).expand(len(x) * self._o, len(self._x) * self._o)
+
+    def _means(self, x: Tensor, cross: Float[Tensor, "mo no"]) -> Float[Tensor, "t m o"]:
+        prior = self._gp._mean(x)
+        mean = prior.repeat(len(self._group_of), 1, 1)
+        for g, group in enumerate(self._groups):
+            mean[self._group_of == g] += group.mean(x, cross).reshape(-1, *prior.shape)
+        return mean
 
     def _moments(self, x: Tensor, full: bool) -> tuple[Float[Tensor, "t m o"], Tensor]:
         """Means, and covariances (T, m·o, m·o) or variances (T, m, o)."""
-        prior_mean = self._gp._mean(x)
         if full:
-            self._require_covariances(x, prior_mean.numel())
-        if self._crossed:
-            cross = self._scale * self._lin.gram(x, self._x)
-        else:  # only tasks without data, which take no column, look at it
-            cross = x.new_zeros((), dtype=self._lin.dtype).expand(prior_mean.numel(), len(self._x) * self._o)
+            self._require_covariances(x)
+        cross = self._cross(x)
+        mean = self._means(x, cross)
         prior = self._scale * (self._lin.gram(x) if full else self._lin.diagonal(x))
-        mean = prior_mean.repeat(len(self._group_of), 1, 1)
-        second = prior.new_empty(len(self._group_of), *prior.shape)
+        second = prior.new_empty(len(mean), *prior.shape)
         for g, group in enumerate(self._groups):
-            members = self._group_of == g
-            moved, second[members] = group.moments(x, cross, prior)
-            mean[members] += moved.reshape(-1, *prior_mean.shape)
-        return mean, second if full else second.view(-1, *prior_mean.shape)
+            second[self._group_of == g] = group.covariance(x, cross, prior)
+        return mean, second if full else second.view_as(mean)
 
-    def _require_covariances(self, x: Tensor, values: int) -> None:
-        nbytes = (len(self._group_of) + 2) * values**2 * self._lin.dtype.itemsize
+    def _require_covariances(self, x: Tensor) -> None:
+        nbytes = (len(self._group_of) + 2) * (len(x) * self._o) ** 2 * self._lin.dtype.itemsize
         what = f"The covariances of {len(self._group_of)} tasks at {len(x):,} points"
         require_memory(nbytes, x.device, what, "Use mean(x) and variance(x), which form none.")
 
@@ -216,13 +228,16 @@ class Cholesky(Movable):
         zero, count = residuals.new_zeros(len(residuals)), residuals.new_zeros(len(residuals), dtype=torch.long)
         self.report = Report(zero, zero, zero, count, count, count == 0)
 
-    def moments(self, x: Tensor, cross: Float[Tensor, "m every"], prior: Tensor) -> tuple[Float[Tensor, "t m"], Tensor]:
-        """Each task's mean at x less the prior mean; the covariance, or its diagonal where `prior` is one.
+    def mean(self, x: Tensor, cross: Float[Tensor, "m every"]) -> Float[Tensor, "t m"]:
+        """Each task's mean at x less the prior mean. `cross`: the prior covariance of f at x and at all data."""
+        return self.weights @ self._columns(cross).T
 
-        `cross`: the prior covariance of f at x and at all data.
-        """
-        cross = cross[:, self._seen]
-        return self.weights @ cross.T, left(prior, torch.linalg.solve_triangular(self._factor, cross.T, upper=False))
+    def covariance(self, x: Tensor, cross: Float[Tensor, "m every"], prior: Tensor) -> Tensor:
+        """The covariance at x, or its diagonal where `prior` is one."""
+        return left(prior, torch.linalg.solve_triangular(self._factor, self._columns(cross).T, upper=False))
+
+    def _columns(self, cross: Float[Tensor, "m every"]) -> Float[Tensor, "m N"]:
+        return cross if self._seen.all() else cross[:, self._seen]  # a copy
 
 
 def _factorise(gram: Tensor, noise: Tensor) -> Tensor:

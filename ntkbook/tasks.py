@@ -285,19 +285,23 @@ class TaskPosterior(Posterior):
             return self._sigma2[:, None].expand(-1, m * self._o)
         return super()._noise_at(noise, m)
 
+    def _cross(self, x: Tensor) -> Float[Tensor, "mo no"]:
+        return self._lin.gram(x, self._x)  # for each task to scale
+
+    def _means(self, x: Tensor, cross: Float[Tensor, "mo no"]) -> Float[Tensor, "t m o"]:
+        prior = self._prior_mean(x)
+        return prior + (self._weights @ cross.T).view_as(prior)
+
     def _moments(self, x: Tensor, full: bool) -> tuple[Float[Tensor, "t m o"], Tensor]:
         """Means, and covariances (T, m·o, m·o) or variances (T, m, o).
 
         With features b* = Λ^-½ Uᵀ k*, the variance is s² (k** − |b*|²) + σ² b*ᵀ (B_SᵀB_S + ρI)⁻¹ b*: what no data at
         these inputs can tell, plus what these did not. Both are sums of squares, and rounding leaves them positive.
         """
-        mean = self._prior_mean(x)
-        size = mean[0].numel()
         if full:
-            self._require_covariances(x, size)
-        cross = self._lin.gram(x, self._x)
-        mean = mean + (self._weights @ cross.T).view_as(mean)
-        b = cross @ self._whiten
+            self._require_covariances(x)
+        cross = self._cross(x)
+        mean, b = self._means(x, cross), cross @ self._whiten
         prior = self._lin.gram(x) if full else self._lin.diagonal(x)
         beyond = prior - b @ b.T if full else (prior - b.square().sum(1)).clamp_min(0)
         second = prior.new_empty(len(mean), *prior.shape)

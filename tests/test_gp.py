@@ -10,7 +10,7 @@ from oracles.jacobian import loop_jacobian
 from oracles.networks import build
 from torch import nn
 
-from ntkbook import NTKGP, Linearization, Nystrom
+from ntkbook import NTKGP, Linearization, Nystrom, TaskHyperparameters
 from ntkbook import posterior as posterior_module
 from ntkbook.experiments.networks import mlp
 
@@ -477,3 +477,27 @@ def test_weights_solve_the_system_and_give_the_mean(kind, outputs):
     left = (y.flatten() - 0.7 * lin.gram(x) @ weights - 0.1 * weights)[~y.isnan().flatten()]
     assert left.norm() <= 1e-6 * y.nan_to_num().norm()  # parameter space solves for something else, to 1e-8
     assert (0.7 * lin.gram(star, x) @ weights - posterior.mean(star).flatten()).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"solver": "cg"}, {"space": "parameter"}, {"solver": Nystrom()}, {"each": True}]
+)
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_mean_alone_costs_no_variance(kind, outputs, monkeypatch):
+    net, x, star = network(outputs), draw(20, 2), draw(6, 2, seed=1)
+    y = draw(3, 20, outputs, seed=2)
+    y[1, 3] = y[2] = torch.nan
+    if kind.pop("each", False):
+        each = TaskHyperparameters(torch.ones(3), torch.full((3,), 0.1))
+        posterior = NTKGP(net, mean="network").condition_tasks(x, y, hyperparameters=each)
+    else:
+        posterior = NTKGP(net, noise=0.1, mean="network", **kind).condition_tasks(x, y)
+    want, variance = posterior.marginals(star)
+    assert torch.equal(posterior.variance(star), variance)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("part of a variance")
+
+    monkeypatch.setattr(torch.linalg, "solve_triangular", refuse)
+    monkeypatch.setattr(Linearization, "diagonal", refuse)
+    torch.testing.assert_close(posterior.mean(star), want, rtol=1e-13, atol=1e-14)
