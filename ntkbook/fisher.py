@@ -192,6 +192,11 @@ class FisherOperator(GaussNewtonOperator):
         self.lin, self.x, self.likelihood, self.reduction = lin, x, get_likelihood(likelihood), reduction
         self.method, self._shape = method, (lin.num_params, lin.num_params)
 
+    def __repr__(self) -> str:
+        like, p = type(self.likelihood).__name__, self._shape[0]
+        options = f"method={self.method!r}, reduction={self.reduction!r}"
+        return f"FisherOperator({p} x {p}, {len(self.x):,} examples, likelihood={like}, {options})"
+
     def _with(self, **changes: Any) -> "FisherOperator":
         return super()._with(**(changes if changes.keys() == {"batch_shape"} else {**changes, "cache": None}))
 

@@ -8,7 +8,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ntkbook.checks import CALLING, outside_inference_mode, probe, require_pure, require_separate
+from ntkbook.checks import (
+    CALLING,
+    named,
+    outside_inference_mode,
+    probe,
+    require_module,
+    require_pure,
+    require_separate,
+)
 
 
 class FunctionalNetwork:
@@ -22,6 +30,7 @@ class FunctionalNetwork:
         *,
         chunk_size: int | None = None,
     ) -> None:
+        require_module(net)
         with CALLING:
             own, buffers = dict(net.named_parameters()), dict(net.named_buffers())
             placed = {
@@ -33,6 +42,12 @@ class FunctionalNetwork:
         if isinstance(params, str):
             raise ValueError(f"params: expected an iterable of names, such as [{params!r}]; got the string {params!r}.")
         names = [name for name in own if own[name].requires_grad] if params is None else list(params)
+        if any(not isinstance(name, str) for name in names):
+            kinds = ", ".join(sorted({type(name).__name__ for name in names}))
+            raise TypeError(
+                f"params: expected names of parameters, or a mapping of names to values, got {kinds}. As names: "
+                "[name for name, _ in net.named_parameters()]."
+            )
         unknown = sorted(set(names) - own.keys())
         if unknown:
             raise ValueError(f"params: {unknown} are no parameters of this network, which has {sorted(own)}.")
@@ -133,7 +148,8 @@ class FunctionalNetwork:
             raise ValueError(f"x: {bad} of {len(x)} examples hold NaN or infinities. Leave them out, or fill them in.")
         require_pure(self.net)
         versions = {name: value._version for name, value in self.constants.items()}
-        found = probe(self._raw, self.params, x[:1].detach())
+        with named("the network", x[:1], self.dtype):
+            found = probe(self._raw, self.params, x[:1].detach())
         changed = [name for name, value in self.constants.items() if value._version != versions[name]]
         if changed:
             raise ValueError(
@@ -141,6 +157,7 @@ class FunctionalNetwork:
                 "off, or compute the new value without changing the old one."
             )
         if len(x) > 1 and not self._separate:
-            require_separate(self._raw, self.params, x[:2].detach())
+            with named("the network", x[:2], self.dtype):
+                require_separate(self._raw, self.params, x[:2].detach())
             self._separate = True
         return found

@@ -27,8 +27,8 @@ class Posterior(Movable):
     factorisation, or one cached subspace. Differentiable in new inputs; in the data by Cholesky alone. (Its subclass
     `ntkbook.tasks.TaskPosterior` is for many patterns of missing values and for hyperparameters of each task.)
 
-    Threads may share one, as they may a `Linearization`: its calls of the network wait for each other. Calls of your own
-    to the network, or its training, in another thread do not, and would meet tensors of the library's in it.
+    Threads may share one, as they may a `Linearization`: its calls of the network wait for each other. Your own calls
+    of the network in another thread, or its training, do not, and would meet the library's tensors in it.
 
     To save one, `torch.save(posterior, file)`; to load it, `torch.load(file, weights_only=False)`, which runs code that
     the file holds. It then says the same to the last bit. The network's class and a function for the mean must be
@@ -42,12 +42,12 @@ class Posterior(Movable):
         y: Float[Tensor, "t n o"],
         noise: Float[Tensor, "n o"],
         *,
-        own_noise: bool,
+        new_noise: float | Tensor | None,
         tasks: bool,
     ) -> None:
         # As it is now: fitting the GP again must not change a posterior that was made before.
         self._gp = gp = copy.copy(gp)
-        self._lin, self._scale, self._sigma2 = gp.lin, gp.outputscale, gp.noise if own_noise else None
+        self._lin, self._scale, self._new_noise = gp.lin, gp.outputscale, new_noise
         self._x, self._tasks, self._o = x.clone(), tasks, y.shape[2]
         residuals = (y - gp._mean(x)).flatten(1)
         self._observed, self._group_of = observed, _ = torch.unique(
@@ -96,7 +96,7 @@ class Posterior(Movable):
 
     @property
     def solver(self) -> str:
-        """ "cholesky", "cg" or "nystrom"."""
+        """ "cholesky", "cg" or "nystrom"; "eigh" for tasks with hyperparameters or many patterns of their own."""
         iterative = self._gp.iterative
         return "cholesky" if iterative is None else "nystrom" if isinstance(iterative, Nystrom) else "cg"
 
@@ -122,6 +122,10 @@ class Posterior(Movable):
             every[self._group_of == g] = value
         return every if self._tasks else every[0]
 
+    def __repr__(self) -> str:
+        tasks = f"{len(self._group_of):,} tasks, " if self._tasks else ""
+        return f"{type(self).__name__}({tasks}{len(self._x):,} examples, solver={self.solver!r}, of {self._gp!r})"
+
     def __call__(self, x: Tensor) -> MultivariateNormal:
         """The latent f at x (m, ...): mean (m,), or (m, o) with several outputs, and its covariance."""
         x = self._gp._inputs(x)
@@ -129,17 +133,18 @@ class Posterior(Movable):
         return distribution(mean if self._tasks else mean[0], covariance if self._tasks else covariance[0])
 
     def predictive(self, x: Tensor, noise: float | Tensor | None = None) -> MultivariateNormal:
-        """A new observation y at x: the latent f plus noise, the GP's σ² unless one is given, per point if wanted."""
-        if noise is None and self._sigma2 is None:
-            raise ValueError("predictive: the data had a noise of their own, so say which noise= the new points have.")
+        """A new observation y at x: the latent f plus noise, per point if wanted; unless given, that of the data."""
         latent = self(x)
         sigma2 = self._noise_at(noise, latent.event_shape[0])
         mean, covariance = latent.mean, latent.covariance_matrix
         return distribution(mean if self._o > 1 else mean[..., None], covariance + torch.diag_embed(sigma2))
 
     def _noise_at(self, noise: float | Tensor | None, m: int) -> Float[Tensor, "*t mo"]:
-        like = torch.empty(m, self._o, dtype=self._lin.dtype, device=self._lin.device)
-        return self._gp._noise(self._sigma2 if noise is None else noise, like).flatten()
+        noise = self._new_noise if noise is None else noise
+        if noise is None:
+            raise ValueError("predictive: each datum had its own noise, so say which noise= the new points have.")
+        like = torch.zeros(m, self._o, dtype=self._lin.dtype, device=self._lin.device)
+        return self._gp._noise(noise, like).flatten()
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of f at x: (m,) or (m, o), from the weights: cheaper than `marginals`. For many points."""
@@ -174,7 +179,8 @@ class Posterior(Movable):
         if not self._crossed:
             columns = max(1, *(int(group.report.rank.max()) for group in self._groups))
         size = max(1, working_memory(x.device) // (32 * columns * self._o))
-        found = [torch.cat(part, dim=1) for part in zip(*map(compute, x.split(size)))]
+        points = x if len(x) else self._x[:1]  # whose shapes are those of no points too
+        found = [torch.cat(part, dim=1)[:, : len(x)] for part in zip(*map(compute, points.split(size)))]
         found = found if self._o > 1 else [value[..., 0] for value in found]
         return found if self._tasks else [value[0] for value in found]
 

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ntkbook.checks import place
 from ntkbook.hyperparameters import rounding
 from ntkbook.memory import require_memory, working_memory
 from ntkbook.posterior import Posterior
@@ -225,12 +226,10 @@ class TaskPosterior(Posterior):
         y: Float[Tensor, "t n o"],
         basis: Basis,
         hyperparameters: TaskHyperparameters,
-        *,
-        own_noise: bool = True,
     ) -> None:
         self._gp = gp = copy.copy(gp)
         self._lin, self._x, self._tasks, self._o = gp.lin, x.detach().clone(), True, y.shape[2]
-        self._hyperparameters, self._sigma2 = hyperparameters, hyperparameters.noise if own_noise else None
+        self._hyperparameters = hyperparameters
         scale, noise = hyperparameters.outputscale, hyperparameters.noise
         self._ratio = noise / scale
         rounding = torch.finfo(y.dtype).eps * basis.largest
@@ -251,8 +250,14 @@ class TaskPosterior(Posterior):
         log_determinant = (tasks.values / r[:, None]).log1p().sum(1) + n * noise.log()
         self._log_likelihood = -0.5 * (squares.flatten() / noise + log_determinant + n * math.log(2 * math.pi))
 
-    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TaskPosterior":
+    def to(
+        self,
+        *where: torch.device | torch.dtype | str | int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "TaskPosterior":
         """As `Posterior.to`; directions of the kernel below the new dtype's rounding keep their prior variance."""
+        device, dtype = place(where, device, dtype)
         other = super().to(device=device, dtype=dtype)
         if dtype not in (None, self._whiten.dtype) and self._whiten.shape[1]:
             inverse = self._whiten.square().sum(0)  # of each direction's eigenvalue
@@ -269,6 +274,11 @@ class TaskPosterior(Posterior):
         return torch.zeros_like(self._log_likelihood)
 
     @property
+    def solver(self) -> str:
+        """ "eigh": one eigendecomposition of the Gram matrix, and a small one for each pattern of missing values."""
+        return "eigh"
+
+    @property
     def weights(self) -> Tensor:
         scaled = self._weights / self._hyperparameters.outputscale[:, None]
         each = scaled.where(self._seen, torch.nan).view(len(scaled), len(self._x), self._o)
@@ -281,8 +291,8 @@ class TaskPosterior(Posterior):
         return each if constant is None else each + constant[:, None]
 
     def _noise_at(self, noise: Tensor | float | None, m: int) -> Tensor:
-        if noise is None and self._sigma2 is not None:
-            return self._sigma2[:, None].expand(-1, m * self._o)
+        if noise is None:
+            return self._hyperparameters.noise[:, None].expand(-1, m * self._o)
         return super()._noise_at(noise, m)
 
     def _cross(self, x: Tensor) -> Float[Tensor, "mo no"]:
