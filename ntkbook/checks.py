@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
@@ -67,7 +68,7 @@ def require_module(net: Any) -> None:
             raise TypeError(
                 f"{what} is compiled, and its tensors cannot be replaced. Pass the module it was made from."
             )
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if any(map(is_lazy, module.parameters(recurse=False))):
             raise TypeError(f"{what} has no parameters before its first call. Run the network once, net(x).")
 
 

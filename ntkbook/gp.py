@@ -8,14 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ntkbook.checks import named, require_tensor, require_variance
-from ntkbook.hyperparameters import ProfileLikelihood, rounding
+from ntkbook.hyperparameters import ProfileLikelihood, fit_tasks, rounding
 from ntkbook.iterative import Iterative
 from ntkbook.linearize import Linearization
 from ntkbook.memory import require_memory, total_memory
 from ntkbook.moving import Movable
 from ntkbook.nystrom import Nystrom, counted_costs
 from ntkbook.posterior import Posterior, distribution
-from ntkbook.tasks import Basis, TaskHyperparameters, TaskPosterior, fit_tasks, rank_is_low
+from ntkbook.tasks import Basis, TaskHyperparameters, TaskPosterior, rank_is_low
 
 Mean = str | Callable[[Tensor], Tensor]
 MANY_PATTERNS = 32

@@ -10,6 +10,7 @@ from oracles import accurate_gp, dense_gp
 from torch import nn
 
 from ntkbook import NTKGP, Iterative, Linearization, TaskHyperparameters, gp, tasks
+from ntkbook import hyperparameters as hyperparameter_module
 from ntkbook.experiments.networks import mlp
 from ntkbook.posterior import Posterior
 
@@ -352,7 +353,8 @@ def test_chunks_of_tasks_do_not_matter(monkeypatch):
     want = results()
     sizes, eigh = [], torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda a: sizes.append(len(a)) or eigh(a))
-    monkeypatch.setattr(tasks, "working_memory", lambda device: 1)
+    for module in (tasks, hyperparameter_module):
+        monkeypatch.setattr(module, "working_memory", lambda device: 1)
     got = results()
     assert set(sizes) == {20, 1}
     for one, two in zip(got[:3], want[:3]):
