@@ -85,9 +85,7 @@ def named(what: str, x: Tensor, dtype: torch.dtype) -> Iterator[None]:
             hint = f"Unless these are tokens, and within an embedding's size, convert them: x.to({dtype})."
         elif "indices" in message or "Long" in message:
             hint = "Tokens are integers: x.long(); where inputs have to be real numbers, that is for forward to say."
-        elif (
-            "type" in message
-        ):  # "expected m1 and m2 to have the same dtype", "Input type (double) and bias type (float)"
+        elif "type" in message:  # "must have the same dtype", "Input type (double) and bias type (float) should be"
             hint = (
                 f"All has to be {dtype}, as x is: x.new_zeros and torch.zeros_like make such tensors inside a network, "
                 f".to({dtype}) such a module. NTKGP works in float64 unless it is given dtype=torch.float32."

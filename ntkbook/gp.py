@@ -88,9 +88,12 @@ class NTKGP(Movable):
 
     def __repr__(self) -> str:
         solver = "auto" if self._auto else self.iterative or "cholesky"
+        mean = (
+            repr(self.mean) if isinstance(self.mean, str) else getattr(self.mean, "__name__", type(self.mean).__name__)
+        )
         return (
             f"NTKGP({type(self.lin.net).__name__} in {self.lin.num_params:,} parameters, "
-            f"outputscale={self.outputscale:.4g}, noise={self.noise:.4g}, mean={self.mean!r}, space={self.space!r}, "
+            f"outputscale={self.outputscale:.4g}, noise={self.noise:.4g}, mean={mean}, space={self.space!r}, "
             f"solver={solver!r}, dtype={self.lin.dtype})"
         )
 

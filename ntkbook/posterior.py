@@ -47,7 +47,7 @@ class Posterior(Movable):
     ) -> None:
         # As it is now: fitting the GP again must not change a posterior that was made before.
         self._gp = gp = copy.copy(gp)
-        self._lin, self._scale, self._new_noise = gp.lin, gp.outputscale, new_noise
+        self._lin, self._scale, self._sigma2 = gp.lin, gp.outputscale, new_noise
         self._x, self._tasks, self._o = x.clone(), tasks, y.shape[2]
         residuals = (y - gp._mean(x)).flatten(1)
         self._observed, self._group_of = observed, _ = torch.unique(
@@ -140,7 +140,7 @@ class Posterior(Movable):
         return distribution(mean if self._o > 1 else mean[..., None], covariance + torch.diag_embed(sigma2))
 
     def _noise_at(self, noise: float | Tensor | None, m: int) -> Float[Tensor, "*t mo"]:
-        noise = self._new_noise if noise is None else noise
+        noise = self._sigma2 if noise is None else noise
         if noise is None:
             raise ValueError("predictive: each datum had its own noise, so say which noise= the new points have.")
         like = torch.zeros(m, self._o, dtype=self._lin.dtype, device=self._lin.device)

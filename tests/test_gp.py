@@ -468,6 +468,7 @@ def test_what_they_are_in_a_line():
     gp = NTKGP(net, noise=0.1)
     want = "NTKGP(Sequential in 47 parameters, outputscale=1, noise=0.1, mean='zero', space='function', "
     assert repr(gp) == want + "solver='cholesky', dtype=torch.float64)"
+    assert "mean=Sequential, space" in repr(NTKGP(net, mean=net))
     assert "solver='auto'" in repr(NTKGP(net, solver="auto"))
     assert "solver=Nystrom(tolerance=1e-06" in repr(NTKGP(net, solver=Nystrom()))
     assert repr(gp.condition(x, draw(8, 2))) == f"Posterior(8 examples, solver='cholesky', of {gp!r})"
