@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ntkbook.distributed import DistributedLinearization
     from ntkbook.fisher import (
-        FisherOperator,
         automatic_epsilon,
         empirical_fisher_vector_product,
         fisher_vector_product,
         monte_carlo_fisher_vector_product,
     )
+    from ntkbook.fisher_operator import FisherOperator
     from ntkbook.fisher_posterior import FisherPosterior
     from ntkbook.gp import NTKGP
     from ntkbook.iterative import ConvergenceWarning, Iterative, Report
@@ -59,7 +59,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ConvergenceWarning": "iterative",
     "DistributedLinearization": "distributed",
-    "FisherOperator": "fisher",
+    "FisherOperator": "fisher_operator",
     "FisherPosterior": "fisher_posterior",
     "Iterative": "iterative",
     "Linearization": "linearize",

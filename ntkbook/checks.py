@@ -1,5 +1,7 @@
 """What a network must be for a linearisation to mean something, and errors that say what to do where it is not."""
 
+import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -8,10 +10,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 INSTANCE_NORM = nn.modules.instancenorm._InstanceNorm
 RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
+CALLING = threading.RLock()
+"""Held while a network is called: meanwhile it holds other tensors and hooks, which another thread, also with a network
+that shares its modules, would find there and leave there. Of forward mode, too, torch has one for all threads."""
 
 
 def outside_inference_mode(method: Callable) -> Callable:
@@ -29,6 +35,79 @@ def outside_inference_mode(method: Callable) -> Callable:
             return method(self, *map(normal, args), **normal(kwargs))
 
     return wrapped
+
+
+def require_tensor(value: Any, name: str, shape: str) -> None:
+    """Raise TypeError for anything else: a list or an array is not turned into a tensor on the quiet."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a torch.Tensor {shape}, got {type(value).__name__}. torch.as_tensor({name}) makes one."
+        )
+
+
+def require_variance(name: str, value: float | Tensor) -> None:
+    """Raise ValueError for what is not one positive, finite number."""
+    if isinstance(value, Tensor) and value.ndim:
+        raise ValueError(
+            f"{name}: expected one number (a variance), got {tuple(value.shape)}. A noise for each point is for "
+            "condition(x, y, noise=...)."
+        )
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive number (a variance), got {value}.")
+
+
+def require_module(net: Any) -> None:
+    """Raise TypeError for what is no network, and for one that wraps another or has no parameters yet."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net: expected a torch.nn.Module, got {type(net).__name__}.")
+    for name, module in net.named_modules():
+        what = f"net: {type(module).__name__} {name!r}"
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise TypeError(f"{what} spreads calls itself. Pass the network in it, its .module.")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{what} is compiled, and its tensors cannot be replaced. Pass the module it was made from."
+            )
+        if any(map(is_lazy, module.parameters(recurse=False))):
+            raise TypeError(f"{what} has no parameters before its first call. Run the network once, net(x).")
+
+
+@contextmanager
+def named(what: str, x: Tensor, dtype: torch.dtype) -> Iterator[None]:
+    """Say what it was given, and the usual causes, where a call of the user's fails on examples x (n, ...)."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
+            raise
+        message = str(error)
+        if not x.is_floating_point():
+            hint = f"Unless these are tokens, and within an embedding's size, convert them: x.to({dtype})."
+        elif "indices" in message or "Long" in message:
+            hint = "Tokens are integers: x.long(); where inputs have to be real numbers, that is for forward to say."
+        elif "type" in message:  # "must have the same dtype", "Input type (double) and bias type (float) should be"
+            hint = (
+                f"All has to be {dtype}, as x is: x.new_zeros and torch.zeros_like make such tensors inside a network, "
+                f".to({dtype}) such a module. NTKGP works in float64 unless it is given dtype=torch.float32."
+            )
+        elif x.ndim == 1:
+            hint = "n examples of one number each are (n, 1): x[:, None]."
+        else:
+            hint = "x is (n, ...), n examples of the shape that the network takes."
+        raise ValueError(
+            f"x: {what} fails on examples of shape {tuple(x.shape[1:])} in {x.dtype} "
+            f"({message.partition(chr(10))[0]}). {hint}"
+        ) from error
+
+
+def place(where: tuple, device: Any, dtype: torch.dtype | None) -> tuple[Any, torch.dtype | None]:
+    """The device and dtype of .to(device), .to(dtype) and .to(device, dtype), as torch's own take them."""
+    for value in where:
+        if isinstance(value, torch.dtype):
+            dtype = value
+        else:
+            device = torch.device(value)
+    return device, dtype
 
 
 def require_pure(net: nn.Module) -> None:
@@ -147,8 +226,10 @@ def explained(method: str) -> Iterator[None]:
     """Say what to do where torch.func meets an operation that it cannot transform.
 
     The fused nn.TransformerEncoderLayer and nn.MultiheadAttention of evaluation, which have no derivatives, are off
-    inside; the fused kernels of functional.scaled_dot_product_attention are the caller's choice, and stay.
+    inside; the fused kernels of functional.scaled_dot_product_attention are the caller's choice, and stay. One
+    thread at a time.
     """
+    CALLING.acquire()
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -161,7 +242,7 @@ def explained(method: str) -> Iterator[None]:
                 "Fused attention has none: run it under torch.nn.attention.sdpa_kernel(SDPBackend.MATH). "
                 "vjp, jacobian, gram and diagonal need none."
             ) from error
-        if any(word in str(error) for word in ("vmap", "functorch", "data-dependent", "torch.func")):
+        if any(word in str(error) for word in ("vmap", "functorch", "data-dependent", "torch.func", "broadcast shape")):
             raise NotImplementedError(
                 f"{method}: torch.func cannot transform this network ({first}). Usual causes: an in-place operation on "
                 "a constant, .item() or an if on a tensor's value, a buffer updated in forward."
@@ -169,3 +250,4 @@ def explained(method: str) -> Iterator[None]:
         raise
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        CALLING.release()

@@ -91,7 +91,10 @@ def products(
         method(lin, batch, columns, total, chunk_size)
         n += len(batch.x)
     if not n:
-        raise ValueError("x: expected at least one mini-batch, got none.")
+        raise ValueError(
+            "x: expected at least one mini-batch, got none. A generator is used up by its first use: pass a list, or "
+            "make another."
+        )
     return (total.div_(n) if reduction == "mean" else total).to(lin.dtype).T
 
 

@@ -80,10 +80,15 @@ class DistributedLinearization(Linearization):
         }
         self._require_agreement(facts)
 
-    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Linearization:
+    def to(
+        self,
+        *where: torch.device | torch.dtype | str | int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Linearization:
         """The same linearisation on another device or in another precision, on every rank."""
         other = object.__new__(type(self))
-        vars(other).update(vars(super().to(device=device, dtype=dtype)))
+        vars(other).update(vars(super().to(*where, device=device, dtype=dtype)))
         return other
 
     @outside_inference_mode

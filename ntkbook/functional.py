@@ -8,7 +8,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ntkbook.checks import outside_inference_mode, probe, require_pure, require_separate
+from ntkbook.checks import (
+    CALLING,
+    named,
+    outside_inference_mode,
+    probe,
+    require_module,
+    require_pure,
+    require_separate,
+)
 
 
 class FunctionalNetwork:
@@ -22,10 +30,24 @@ class FunctionalNetwork:
         *,
         chunk_size: int | None = None,
     ) -> None:
-        own = dict(net.named_parameters())
+        require_module(net)
+        with CALLING:
+            own, buffers = dict(net.named_parameters()), dict(net.named_buffers())
+            placed = {
+                f"{path}.{key}" if path else key: value
+                for path, module in net.named_modules()
+                for key, value in [*module._parameters.items(), *module._buffers.items()]
+                if value is not None
+            }
         if isinstance(params, str):
             raise ValueError(f"params: expected an iterable of names, such as [{params!r}]; got the string {params!r}.")
         names = [name for name in own if own[name].requires_grad] if params is None else list(params)
+        if any(not isinstance(name, str) for name in names):
+            kinds = ", ".join(sorted({type(name).__name__ for name in names}))
+            raise TypeError(
+                f"params: expected names of parameters, or a mapping of names to values, got {kinds}. As names: "
+                "[name for name, _ in net.named_parameters()]."
+            )
         unknown = sorted(set(names) - own.keys())
         if unknown:
             raise ValueError(f"params: {unknown} are no parameters of this network, which has {sorted(own)}.")
@@ -50,17 +72,12 @@ class FunctionalNetwork:
             raise ValueError(f"chunk_size: expected a positive number of examples, got {chunk_size}.")
         self.net = net
         self.params = {name: value.detach().clone() for name, value in chosen.items()}
-        constants = {name: value for name, value in own.items() if name not in chosen} | dict(net.named_buffers())
+        constants = {name: value for name, value in own.items() if name not in chosen} | buffers
         self.constants = {name: value.detach().clone() for name, value in constants.items()}
         # Where each tensor sits, tied ones in several places. functional_call can find the ties itself, but when one
         # module has two names it leaves its own tensors behind in the network (torch 2.15).
-        names = {id(value): name for name, value in [*own.items(), *net.named_buffers()]}
-        self._places = {
-            f"{path}.{key}" if path else key: names[id(value)]
-            for path, module in net.named_modules()
-            for key, value in [*module._parameters.items(), *module._buffers.items()]
-            if value is not None
-        }
+        names = {id(value): name for name, value in [*own.items(), *buffers.items()]}
+        self._places = {place: names[id(value)] for place, value in placed.items()}
         self.chunk_size = chunk_size
         self._one_derivative = False  # whether forward and reverse mode were seen to agree
         self._separate = False  # whether examples were seen not to depend on each other
@@ -105,7 +122,8 @@ class FunctionalNetwork:
         # A copy of x, for networks that begin by working on it in place.
         values = {**self.constants, **params}
         placed = {place: values[name] for place, name in self._places.items()}
-        return functional_call(self.net, placed, (x.clone(),), tie_weights=False)
+        with CALLING:
+            return functional_call(self.net, placed, (x.clone(),), tie_weights=False)
 
     def _call(self, params: Mapping[str, Tensor], x: Tensor) -> Float[Tensor, "n o"]:
         outputs = self._raw(params, x)
@@ -130,7 +148,8 @@ class FunctionalNetwork:
             raise ValueError(f"x: {bad} of {len(x)} examples hold NaN or infinities. Leave them out, or fill them in.")
         require_pure(self.net)
         versions = {name: value._version for name, value in self.constants.items()}
-        found = probe(self._raw, self.params, x[:1].detach())
+        with named("the network", x[:1], self.dtype):
+            found = probe(self._raw, self.params, x[:1].detach())
         changed = [name for name, value in self.constants.items() if value._version != versions[name]]
         if changed:
             raise ValueError(
@@ -138,6 +157,7 @@ class FunctionalNetwork:
                 "off, or compute the new value without changing the old one."
             )
         if len(x) > 1 and not self._separate:
-            require_separate(self._raw, self.params, x[:2].detach())
+            with named("the network", x[:2], self.dtype):
+                require_separate(self._raw, self.params, x[:2].detach())
             self._separate = True
         return found

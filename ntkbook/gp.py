@@ -1,6 +1,5 @@
 """Gaussian processes whose kernel is the finite neural tangent kernel of a network."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -8,14 +7,15 @@ from gpytorch.distributions import MultivariateNormal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ntkbook.hyperparameters import ProfileLikelihood
+from ntkbook.checks import named, require_tensor, require_variance
+from ntkbook.hyperparameters import ProfileLikelihood, fit_tasks, rounding
 from ntkbook.iterative import Iterative
 from ntkbook.linearize import Linearization
 from ntkbook.memory import require_memory, total_memory
 from ntkbook.moving import Movable
 from ntkbook.nystrom import Nystrom, counted_costs
 from ntkbook.posterior import Posterior, distribution
-from ntkbook.tasks import Basis, TaskHyperparameters, TaskPosterior, fit_tasks, rank_is_low
+from ntkbook.tasks import Basis, TaskHyperparameters, TaskPosterior, rank_is_low
 
 Mean = str | Callable[[Tensor], Tensor]
 MANY_PATTERNS = 32
@@ -58,8 +58,11 @@ class NTKGP(Movable):
         solver: str | Iterative | Nystrom | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        if isinstance(mean, str) and mean not in ("zero", "constant", "network"):
-            raise ValueError(f'mean: expected "zero", "constant", "network" or a function, got {mean!r}.')
+        if mean not in ("zero", "constant", "network") and not callable(mean):
+            raise (ValueError if isinstance(mean, str) else TypeError)(
+                f'mean: expected "zero", "constant" (which fit sets), "network" or a function of x, got {mean!r}. A '
+                "number c is lambda x: torch.full((len(x),), c)."
+            )
         if space not in ("function", "parameter"):
             raise ValueError(f'space: expected "function" or "parameter", got {space!r}.')
         if not isinstance(solver, Iterative | Nystrom) and solver not in (None, "cholesky", "cg", "auto"):
@@ -68,9 +71,12 @@ class NTKGP(Movable):
             raise ValueError(
                 'solver: parameter space has "cg" alone: a Cholesky factor of a p × p matrix is what it avoids.'
             )
-        for name, value in (("outputscale", outputscale), ("noise", noise)):
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: expected a positive number (a variance), got {value}.")
+        require_variance("outputscale", outputscale)
+        require_variance("noise", noise)
+        if dtype not in (torch.float64, torch.float32):
+            raise ValueError(
+                f"dtype: expected torch.float64 or torch.float32, got {dtype}: no other has factorisations."
+            )
         lin = net if isinstance(net, Linearization) else Linearization(net)
         self.lin = lin if lin.dtype == dtype else lin.to(dtype=dtype)
         self.outputscale, self.noise, self.mean = float(outputscale), float(noise), mean
@@ -80,8 +86,20 @@ class NTKGP(Movable):
             self.iterative = Iterative()
         self.constant: Float[Tensor, " o"] | None = None
 
+    def __repr__(self) -> str:
+        solver = "auto" if self._auto else self.iterative or "cholesky"
+        mean = (
+            repr(self.mean) if isinstance(self.mean, str) else getattr(self.mean, "__name__", type(self.mean).__name__)
+        )
+        return (
+            f"NTKGP({type(self.lin.net).__name__} in {self.lin.num_params:,} parameters, "
+            f"outputscale={self.outputscale:.4g}, noise={self.noise:.4g}, mean={mean}, space={self.space!r}, "
+            f"solver={solver!r}, dtype={self.lin.dtype})"
+        )
+
     def __call__(self, x: Tensor) -> MultivariateNormal:
         """The prior of the latent f at x."""
+        require_variance("outputscale", self.outputscale)
         x = self._inputs(x)
         mean = self._mean(x)
         return distribution(mean, self.outputscale * self.lin.gram(x))
@@ -91,13 +109,13 @@ class NTKGP(Movable):
 
         In either space and with any solver by one eigendecomposition of K (n·o × n·o): the likelihood of a ratio σ²/s²
         then costs n operations, and s² and the constant are closed-form, so one dimension is searched: a grid over 16
-        decades, then Brent's method.
+        decades, or as far as K is not lost in rounding, then Brent's method. A warning says when the best is at an end.
         Given `noise`, a variance for each point, only outputscale (and constant) are fitted.
 
         Args:
             x: (n, ...); y: (n,) or (n, o), NaN where not observed.
         """
-        x, y = self._inputs(x), self._targets(x, y[None])[0]
+        x, y = self._inputs(x), self._targets(x, y)[0]
         seen = ~torch.isnan(y).flatten()
         n, o = y.shape
         r = (y - self._mean(x, fitting=True)).flatten()[seen]
@@ -112,7 +130,8 @@ class NTKGP(Movable):
         if fixed is not None:
             gram, r, basis = fixed[:, None] * gram * fixed, fixed * r, fixed[:, None] * basis
         eigenvalues, vectors = torch.linalg.eigh(gram)
-        likelihood = ProfileLikelihood(eigenvalues.clamp_min(0), vectors.T @ r, vectors.T @ basis, fixed is not None)
+        data = eigenvalues.clamp_min(0), vectors.T @ r, vectors.T @ basis
+        likelihood = ProfileLikelihood(*data, fixed is not None, rounding(gram.diagonal()))
         best = likelihood.maximise()
         scale, noise_, constant = likelihood.solution(best)
         self.outputscale = scale
@@ -126,10 +145,12 @@ class NTKGP(Movable):
     def condition(self, x: Tensor, y: Tensor, noise: float | Tensor | None = None) -> "Posterior":
         """The posterior given y (n,) or (n, o) at x (n, ...), NaN where not observed.
 
-        `noise`: σ² of these points, a number or one per point, (n,) or (n, o); the GP's own unless given.
+        `noise`: σ² of these points, a number or one per point, (n,) or (n, o); the GP's own unless given. A number is
+        also what `Posterior.predictive` adds; NaN will do where y is NaN.
         """
-        x, y = self._inputs(x), self._targets(x, y[None])
-        return Posterior(self, x, y, self._noise(noise, y[0]), own_noise=noise is None, tasks=False)
+        require_variance("outputscale", self.outputscale)
+        x, y = self._inputs(x), self._targets(x, y)
+        return Posterior(self, x, y, self._noise(noise, y), new_noise=self._shared(noise), tasks=False)
 
     def fit_tasks(self, x: Tensor, y: Tensor) -> TaskHyperparameters:
         """outputscale, noise and a constant mean for each of T tasks at the same inputs; the GP keeps its own.
@@ -167,6 +188,7 @@ class NTKGP(Movable):
             noise: as for `condition`.
             hyperparameters: each task's own, as from `fit_tasks`; in function space without an iterative solver.
         """
+        require_variance("outputscale", self.outputscale)
         x, y = self._tasks(x, y)
         if hyperparameters is not None:
             if noise is not None:
@@ -177,21 +199,21 @@ class NTKGP(Movable):
                     "solves for one outputscale and noise. Condition on the tasks one at a time, or use the default."
                 )
             return TaskPosterior(self, x, y, self._basis(x), self._hyperparameters(hyperparameters, y))
-        sigma2 = self._noise(noise, y[0])
-        one = noise is None or torch.as_tensor(noise).ndim == 0
+        sigma2, shared = self._noise(noise, y), self._shared(noise)
         differentiated = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-        if one and self.iterative is None and not differentiated and len(y) > MANY_PATTERNS:
+        if shared is not None and self.iterative is None and not differentiated and len(y) > MANY_PATTERNS:
             patterns = torch.unique(y.flatten(1).isnan(), dim=0)
             if len(patterns) > MANY_PATTERNS and rank_is_low(basis := self._basis(x)):
                 each = TaskHyperparameters(torch.full_like(y[:, 0, 0], self.outputscale), sigma2[0, 0].expand(len(y)))
-                return TaskPosterior(self, x, y, basis, each, own_noise=noise is None)
-        return Posterior(self, x, y, sigma2, own_noise=noise is None, tasks=True)
+                return TaskPosterior(self, x, y, basis, each)
+        return Posterior(self, x, y, sigma2, new_noise=shared, tasks=True)
 
     def _tasks(self, x: Tensor, y: Tensor) -> tuple[Tensor, Float[Tensor, "t n o"]]:
+        require_tensor(y, "y", "(T, n) or (T, n, o)")
         if y.ndim < 2 or len(y) == 0:
             raise ValueError(f"y: expected (T, n) or (T, n, o) with at least one task, got {tuple(y.shape)}.")
         x = self._inputs(x)
-        return x, self._targets(x, y)
+        return x, self._targets(x, y, tasks=True)
 
     def _basis(self, x: Tensor) -> Basis:
         self._require_room(len(x) * self.lin.num_outputs(x), copies=6)
@@ -200,6 +222,11 @@ class NTKGP(Movable):
     def _hyperparameters(self, given: TaskHyperparameters, y: Float[Tensor, "t n o"]) -> TaskHyperparameters:
         """The same in the GP's dtype, checked."""
         tasks, _, o = y.shape
+        if not isinstance(given, TaskHyperparameters) or not all(isinstance(value, Tensor) for value in given[:2]):
+            raise TypeError(
+                f"hyperparameters: expected a TaskHyperparameters of tensors ({tasks},), as fit_tasks returns, got "
+                f"{type(given).__name__} of {', '.join(type(value).__name__ for value in given)}."
+            )
         scale, noise = (value.detach().to(y) for value in given[:2])
         for name, value in (("outputscale", scale), ("noise", noise)):
             if value.shape != (tasks,) or not (value > 0).all() or torch.isinf(value).any():
@@ -214,41 +241,57 @@ class NTKGP(Movable):
         return TaskHyperparameters(scale, noise, None if constant is None else constant.detach().to(y))
 
     def _inputs(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a torch.Tensor (n, ...), got {type(x).__name__}.")
+        require_tensor(x, "x", "(n, ...)")
         return x.to(self.lin.device, self.lin.dtype if x.is_floating_point() else None)
 
-    def _targets(self, x: Tensor, y: Tensor) -> Float[Tensor, "t n o"]:
-        """Each task's observations, (T, n) or (T, n, o), checked."""
-        y = y.to(self.lin.device, self.lin.dtype)
+    def _targets(self, x: Tensor, y: Tensor, tasks: bool = False) -> Float[Tensor, "t n o"]:
+        """Each task's observations, (T, n) or (T, n, o), or one's without T, checked."""
+        require_tensor(y, "y", "(n,) or (n, o)")
+        got, y = tuple(y.shape), (y if tasks else y[None]).to(self.lin.device, self.lin.dtype)
         o = self.lin.num_outputs(self._inputs(x))
         if y.shape[1:] == (len(x),) and o == 1:
             y = y[..., None]
         if y.shape[1:] != (len(x), o):
-            wanted = f"({len(x)},) or ({len(x)}, 1)" if o == 1 else f"({len(x)}, {o})"
-            raise ValueError(
-                f"y: expected {wanted} a task for {len(x)} examples and {o} outputs, got {tuple(y.shape[1:])}."
-            )
+            first, last = ("T, ", "") if tasks else ("", ",")
+            wanted = (f"({first}{len(x)}{last}) or " if o == 1 else "") + f"({first}{len(x)}, {o})"
+            raise ValueError(f"y: expected {wanted} for {len(x)} examples of {o} outputs, got {got}.")
         if torch.isinf(y).any():
             raise ValueError("y: expected finite values, or NaN where nothing was observed; got an infinite one.")
         return y
 
-    def _noise(self, noise: float | Tensor | None, y: Float[Tensor, "n o"]) -> Float[Tensor, "n o"]:
+    def _noise(self, noise: float | Tensor | None, y: Float[Tensor, "*t n o"]) -> Float[Tensor, "n o"]:
+        """The variance of each value; it may be anything where no task has one."""
+        n, o = y.shape[-2:]
         noise = torch.as_tensor(self.noise if noise is None else noise, dtype=y.dtype, device=y.device)
-        if noise.shape == (len(y),):
+        if noise.shape == (n,):
             noise = noise[:, None]
-        if noise.ndim not in (0, 2) or (noise.ndim == 2 and noise.shape not in ((len(y), 1), y.shape)):
-            raise ValueError(f"noise: expected a number, ({len(y)},) or {tuple(y.shape)}, got {tuple(noise.shape)}.")
-        if not (noise > 0).all() or torch.isinf(noise).any():
+        if noise.ndim not in (0, 2) or (noise.ndim == 2 and noise.shape not in ((n, 1), (n, o))):
+            raise ValueError(f"noise: expected a number, ({n},) or ({n}, {o}), got {tuple(noise.shape)}.")
+        noise = noise.expand(n, o)
+        used = noise[~y.isnan().view(-1, n, o).all(0)]
+        if not (used > 0).all() or torch.isinf(used).any():
             raise ValueError("noise: expected positive, finite variances.")
-        return noise.expand(y.shape)
+        return noise
+
+    def _shared(self, noise: float | Tensor | None) -> float | Tensor | None:
+        """The variance of every value, if it is one for all."""
+        noise = self.noise if noise is None else noise
+        return noise if torch.as_tensor(noise).ndim == 0 else None
 
     def _mean(self, x: Tensor, fitting: bool = False) -> Float[Tensor, "n o"]:
         outputs = self.lin.outputs(x)
         if self.mean in ("zero", "constant"):
             zero = torch.zeros_like(outputs)
             return zero if self.mean == "zero" or fitting or self.constant is None else zero + self.constant
-        mean = self.mean(x).to(outputs) if callable(self.mean) else outputs
+        mean = outputs
+        if callable(self.mean):
+            with named("mean", x, self.lin.dtype):
+                mean = self.mean(x)
+            if not isinstance(mean, Tensor):
+                raise TypeError(
+                    f"mean: expected a function whose values are tensors (n,) or (n, o), got {mean!r} of it."
+                )
+            mean = mean.to(outputs)
         mean = mean[:, None] if mean.ndim == 1 else mean
         if mean.shape != outputs.shape:
             raise ValueError(f"mean: expected values of shape {tuple(outputs.shape)}, got {tuple(mean.shape)}.")

@@ -169,19 +169,23 @@ class IterativeConditioning(Movable):
             )
         return solution, error, relative, torch.full_like(error, used).long()
 
-    def moments(self, x: Tensor, cross: Float[Tensor, "m every"], prior: Tensor) -> tuple[Float[Tensor, "t m"], Tensor]:
-        """Each task's mean at x less the prior mean; the covariance, or its diagonal where `prior` is one.
+    def mean(self, x: Tensor, cross: Float[Tensor, "m every"]) -> Float[Tensor, "t m"]:
+        """Each task's mean at x less the prior mean.
 
         `cross`: the prior covariance of f at x and at all data; parameter space does without.
         """
         if self._subspace.c is not None:
-            parts = (self._lin.jvp(x, part).flatten(0, 1).T for part in (self._solution, self._subspace.c))
-            mean, explained = (self._scale**0.5 * part for part in parts)
-            return self._unit[:, None] * mean, left(prior, explained)
-        cross = cross[:, self._seen] / self._deviation
-        lower = self._subspace.root.T
-        explained = torch.linalg.solve_triangular(lower, (cross @ self._subspace.q).T, upper=False)
-        return self._unit[:, None] * (cross @ self._solution).T, left(prior, explained)
+            moved = self._scale**0.5 * self._lin.jvp(x, self._solution).flatten(0, 1)
+        else:
+            moved = (cross[:, self._seen] / self._deviation) @ self._solution
+        return self._unit[:, None] * moved.T
+
+    def covariance(self, x: Tensor, cross: Float[Tensor, "m every"], prior: Tensor) -> Tensor:
+        """The covariance at x, or its diagonal where `prior` is one."""
+        if self._subspace.c is not None:
+            return left(prior, self._scale**0.5 * self._lin.jvp(x, self._subspace.c).flatten(0, 1).T)
+        cross = (cross[:, self._seen] / self._deviation) @ self._subspace.q
+        return left(prior, torch.linalg.solve_triangular(self._subspace.root.T, cross.T, upper=False))
 
     @property
     def weights(self) -> Float[Tensor, "t N"]:

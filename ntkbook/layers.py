@@ -20,7 +20,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
-from ntkbook.checks import explained
+from ntkbook.checks import CALLING, explained
 
 Call = Callable[[Mapping[str, Tensor], Tensor], Float[Tensor, "n o"]]
 DIMENSIONS: Mapping[type[nn.Module], tuple[int, ...]] = {
@@ -76,8 +76,9 @@ def find_layers(
     layers = []
     for name, module in net.named_modules():
         weight, bias = (f"{name}.{kind}".lstrip(".") in params for kind in ("weight", "bias"))
-        if (weight or bias) and _has_rule(module):
-            layers.append(Layer(module, name, weight, bias))
+        with CALLING:  # hooks of another thread's call would count for the user's
+            if (weight or bias) and _has_rule(module):
+                layers.append(Layer(module, name, weight, bias))
     rest: set[str] = set()
     called: set[int] = set()
     for x in (example, torch.cat([example] * 2)):

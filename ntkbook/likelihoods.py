@@ -244,6 +244,14 @@ class Categorical(Likelihood):
 
     support = "classes from 0 to o − 1"
 
+    def _check(self, f: Tensor, f2: Tensor | None = None) -> None:
+        super()._check(f, f2)
+        if f.shape[1] == 1:
+            raise ValueError(
+                "f: Categorical expects a logit for each of at least two classes, got one, which is certain and has no "
+                'Fisher information. Two classes by one logit are "bernoulli".'
+            )
+
     def hessian(self, f: Float[Tensor, "n o"]) -> Float[Tensor, "n o o"]:
         """H, exactly symmetric, and positive semi-definite since it is diagonally dominant as it is summed."""
         self._check(f)

@@ -12,7 +12,7 @@ from torch.func import vjp as func_vjp
 from torch.func import vmap
 
 from ntkbook.blocks import LayerBlocks
-from ntkbook.checks import explained, outside_inference_mode, require_double, require_one_derivative
+from ntkbook.checks import explained, outside_inference_mode, place, require_double, require_one_derivative
 from ntkbook.functional import FunctionalNetwork
 from ntkbook.gram import Factors, FeatureMaker, Features, differentiable_gram, gram, gram_diagonal, stacked
 from ntkbook.layers import find_layers, jacobian_rows, layer_features
@@ -42,12 +42,20 @@ class Linearization(FunctionalNetwork):
     """
 
     @outside_inference_mode
-    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Linearization":
+    def to(
+        self,
+        *where: torch.device | torch.dtype | str | int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Linearization":
         """The same linearisation on another device or in another precision; the network stays as it is.
+
+        By name or not, as torch's: to("cuda"), to(torch.float64), to(device=..., dtype=...).
 
         Raises:
             ValueError: a dtype that is not real, or one that the device does not have: pass dtype=torch.float32.
         """
+        device, dtype = place(where, device, dtype)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype: expected real numbers, such as torch.float64 or torch.float32, got {dtype}.")
         require_double(device or self.device, dtype or self.dtype)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ntkbook.checks import require_double
+from ntkbook.checks import place, require_double
 from ntkbook.functional import FunctionalNetwork
 
 Own = TypeVar("Own", bound="Movable")
@@ -16,8 +16,13 @@ Own = TypeVar("Own", bound="Movable")
 class Movable:
     """What holds tensors, linearisations and other movables as attributes, or in tuples, lists and dicts of its own."""
 
-    def to(self: Own, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Own:
-        """The same on another device or in another precision; this one stays as it is.
+    def to(
+        self: Own,
+        *where: torch.device | torch.dtype | str | int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Own:
+        """The same on another device or in another precision, by name or not, as torch's; this one stays as it is.
 
         Nothing is factorised or solved again, so that results are the same, to the bit where device and dtype are. In
         less precision they, and the bounds on their errors, hold to its rounding. What an iterative solver has not been
@@ -27,6 +32,8 @@ class Movable:
         Raises:
             ValueError: a dtype that is not real, or one that the device does not have: pass dtype=torch.float32.
         """
+
+        device, dtype = place(where, device, dtype)
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):

@@ -248,18 +248,21 @@ class NystromConditioning(Movable):
             self._latest = a, parameters, self._target - (self._system.forward(parameters) + a)
         return self._latest[1:]
 
-    def moments(self, x: Tensor, cross: Tensor, prior: Tensor) -> tuple[Float[Tensor, "t m"], Tensor]:
-        """Each task's mean at x less the prior mean; the covariance, or its diagonal where `prior` is one."""
-        landmarks, s = self._landmarks, self._scale**0.5
-        mean = s * self._unit[:, None] * self._lin.jvp(x, self._parameters).flatten(0, 1).T
-        u = s * landmarks.features(x).T
+    def mean(self, x: Tensor, cross: Tensor) -> Float[Tensor, "t m"]:
+        """Each task's mean at x less the prior mean."""
+        return self._scale**0.5 * self._unit[:, None] * self._lin.jvp(x, self._parameters).flatten(0, 1).T
+
+    def covariance(self, x: Tensor, cross: Tensor, prior: Tensor) -> Tensor:
+        """The covariance at x, or its diagonal where `prior` is one."""
+        landmarks = self._landmarks
+        u = self._scale**0.5 * landmarks.features(x).T
         half = torch.linalg.solve_triangular(landmarks.root.T, u, upper=False)
         if prior.ndim == 2:
-            return mean, (1 + landmarks.left**0.5 + landmarks.left) * (prior - u.T @ u + half.T @ half)
+            return (1 + landmarks.left**0.5 + landmarks.left) * (prior - u.T @ u + half.T @ half)
         inside, c = half.square().sum(0), torch.linalg.solve_triangular(landmarks.root, half, upper=True)
         outside = (prior - u.square().sum(0)).clamp_min(0).sqrt()
         estimate = (landmarks.left * (inside - c.square().sum(0)).clamp_min(0)).sqrt()
-        return mean, torch.minimum((outside + estimate).square() + inside, prior)
+        return torch.minimum((outside + estimate).square() + inside, prior)
 
     @property
     def weights(self) -> Float[Tensor, "t N"]:

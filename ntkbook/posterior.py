@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,9 @@ class Posterior(Movable):
     factorisation, or one cached subspace. Differentiable in new inputs; in the data by Cholesky alone. (Its subclass
     `ntkbook.tasks.TaskPosterior` is for many patterns of missing values and for hyperparameters of each task.)
 
+    Threads may share one, as they may a `Linearization`: its calls of the network wait for each other. Your own calls
+    of the network in another thread, or its training, do not, and would meet the library's tensors in it.
+
     To save one, `torch.save(posterior, file)`; to load it, `torch.load(file, weights_only=False)`, which runs code that
     the file holds. It then says the same to the last bit. The network's class and a function for the mean must be
     importable where it is loaded, and the versions of ntkbook and torch those that saved it.
@@ -38,12 +42,12 @@ class Posterior(Movable):
         y: Float[Tensor, "t n o"],
         noise: Float[Tensor, "n o"],
         *,
-        own_noise: bool,
+        new_noise: float | Tensor | None,
         tasks: bool,
     ) -> None:
         # As it is now: fitting the GP again must not change a posterior that was made before.
         self._gp = gp = copy.copy(gp)
-        self._lin, self._scale, self._sigma2 = gp.lin, gp.outputscale, gp.noise if own_noise else None
+        self._lin, self._scale, self._sigma2 = gp.lin, gp.outputscale, new_noise
         self._x, self._tasks, self._o = x.clone(), tasks, y.shape[2]
         residuals = (y - gp._mean(x)).flatten(1)
         self._observed, self._group_of = observed, _ = torch.unique(
@@ -92,7 +96,7 @@ class Posterior(Movable):
 
     @property
     def solver(self) -> str:
-        """ "cholesky", "cg" or "nystrom"."""
+        """ "cholesky", "cg" or "nystrom"; "eigh" for tasks with hyperparameters or many patterns of their own."""
         iterative = self._gp.iterative
         return "cholesky" if iterative is None else "nystrom" if isinstance(iterative, Nystrom) else "cg"
 
@@ -118,6 +122,10 @@ class Posterior(Movable):
             every[self._group_of == g] = value
         return every if self._tasks else every[0]
 
+    def __repr__(self) -> str:
+        tasks = f"{len(self._group_of):,} tasks, " if self._tasks else ""
+        return f"{type(self).__name__}({tasks}{len(self._x):,} examples, solver={self.solver!r}, of {self._gp!r})"
+
     def __call__(self, x: Tensor) -> MultivariateNormal:
         """The latent f at x (m, ...): mean (m,), or (m, o) with several outputs, and its covariance."""
         x = self._gp._inputs(x)
@@ -125,21 +133,22 @@ class Posterior(Movable):
         return distribution(mean if self._tasks else mean[0], covariance if self._tasks else covariance[0])
 
     def predictive(self, x: Tensor, noise: float | Tensor | None = None) -> MultivariateNormal:
-        """A new observation y at x: the latent f plus noise, the GP's σ² unless one is given, per point if wanted."""
-        if noise is None and self._sigma2 is None:
-            raise ValueError("predictive: the data had a noise of their own, so say which noise= the new points have.")
+        """A new observation y at x: the latent f plus noise, per point if wanted; unless given, that of the data."""
         latent = self(x)
         sigma2 = self._noise_at(noise, latent.event_shape[0])
         mean, covariance = latent.mean, latent.covariance_matrix
         return distribution(mean if self._o > 1 else mean[..., None], covariance + torch.diag_embed(sigma2))
 
     def _noise_at(self, noise: float | Tensor | None, m: int) -> Float[Tensor, "*t mo"]:
-        like = torch.empty(m, self._o, dtype=self._lin.dtype, device=self._lin.device)
-        return self._gp._noise(self._sigma2 if noise is None else noise, like).flatten()
+        noise = self._sigma2 if noise is None else noise
+        if noise is None:
+            raise ValueError("predictive: each datum had its own noise, so say which noise= the new points have.")
+        like = torch.zeros(m, self._o, dtype=self._lin.dtype, device=self._lin.device)
+        return self._gp._noise(noise, like).flatten()
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of f at x: (m,) or (m, o). No m × m matrix is formed: for many points."""
-        return self.marginals(x)[0]
+        """The mean of f at x: (m,) or (m, o), from the weights: cheaper than `marginals`. For many points."""
+        return self._in_parts(x, lambda part: (self._means(part, self._cross(part)),))[0]
 
     def variance(self, x: Tensor) -> Tensor:
         """The variance of f at x, of the mean's shape. No m × m matrix is formed: for many points."""
@@ -159,38 +168,50 @@ class Posterior(Movable):
         return draws if self._tasks else draws[:, 0]
 
     def marginals(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`mean` and `variance` at once, for one's price."""
+        """`mean` and `variance` at once, for the variance's price."""
+        mean, variance = self._in_parts(x, lambda part: self._moments(part, full=False))
+        return mean, variance
+
+    def _in_parts(self, x: Tensor, compute: Callable[[Tensor], tuple[Float[Tensor, "t m o"], ...]]) -> list[Tensor]:
+        """What it gives at the points x, as many at a time as fit the memory."""
         x = self._gp._inputs(x)
         columns = len(self._x) * self._o
         if not self._crossed:
             columns = max(1, *(int(group.report.rank.max()) for group in self._groups))
         size = max(1, working_memory(x.device) // (32 * columns * self._o))
-        parts = [self._moments(part, full=False) for part in x.split(size)]
-        mean, variance = (torch.cat(part, dim=1) for part in zip(*parts))
-        if self._o == 1:
-            mean, variance = mean[..., 0], variance[..., 0]
-        return (mean, variance) if self._tasks else (mean[0], variance[0])
+        points = x if len(x) else self._x[:1]  # whose shapes are those of no points too
+        found = [torch.cat(part, dim=1)[:, : len(x)] for part in zip(*map(compute, points.split(size)))]
+        found = found if self._o > 1 else [value[..., 0] for value in found]
+        return found if self._tasks else [value[0] for value in found]
+
+    def _cross(self, x: Tensor) -> Float[Tensor, "mo no"]:
+        """The prior covariance of f at x and at all data."""
+        if self._crossed:
+            return self._lin.gram(x, self._x).mul_(self._scale)
+        # Only tasks without data, which take no column, look at it.
+        return x.new_zeros((), dtype=self._lin.dtype).expand(len(x) * self._o, len(self._x) * self._o)
+
+    def _means(self, x: Tensor, cross: Float[Tensor, "mo no"]) -> Float[Tensor, "t m o"]:
+        prior = self._gp._mean(x)
+        mean = prior.repeat(len(self._group_of), 1, 1)
+        for g, group in enumerate(self._groups):
+            mean[self._group_of == g] += group.mean(x, cross).reshape(-1, *prior.shape)
+        return mean
 
     def _moments(self, x: Tensor, full: bool) -> tuple[Float[Tensor, "t m o"], Tensor]:
         """Means, and covariances (T, m·o, m·o) or variances (T, m, o)."""
-        prior_mean = self._gp._mean(x)
         if full:
-            self._require_covariances(x, prior_mean.numel())
-        if self._crossed:
-            cross = self._scale * self._lin.gram(x, self._x)
-        else:  # only tasks without data, which take no column, look at it
-            cross = x.new_zeros((), dtype=self._lin.dtype).expand(prior_mean.numel(), len(self._x) * self._o)
+            self._require_covariances(x)
+        cross = self._cross(x)
+        mean = self._means(x, cross)
         prior = self._scale * (self._lin.gram(x) if full else self._lin.diagonal(x))
-        mean = prior_mean.repeat(len(self._group_of), 1, 1)
-        second = prior.new_empty(len(self._group_of), *prior.shape)
+        second = prior.new_empty(len(mean), *prior.shape)
         for g, group in enumerate(self._groups):
-            members = self._group_of == g
-            moved, second[members] = group.moments(x, cross, prior)
-            mean[members] += moved.reshape(-1, *prior_mean.shape)
-        return mean, second if full else second.view(-1, *prior_mean.shape)
+            second[self._group_of == g] = group.covariance(x, cross, prior)
+        return mean, second if full else second.view_as(mean)
 
-    def _require_covariances(self, x: Tensor, values: int) -> None:
-        nbytes = (len(self._group_of) + 2) * values**2 * self._lin.dtype.itemsize
+    def _require_covariances(self, x: Tensor) -> None:
+        nbytes = (len(self._group_of) + 2) * (len(x) * self._o) ** 2 * self._lin.dtype.itemsize
         what = f"The covariances of {len(self._group_of)} tasks at {len(x):,} points"
         require_memory(nbytes, x.device, what, "Use mean(x) and variance(x), which form none.")
 
@@ -213,13 +234,16 @@ class Cholesky(Movable):
         zero, count = residuals.new_zeros(len(residuals)), residuals.new_zeros(len(residuals), dtype=torch.long)
         self.report = Report(zero, zero, zero, count, count, count == 0)
 
-    def moments(self, x: Tensor, cross: Float[Tensor, "m every"], prior: Tensor) -> tuple[Float[Tensor, "t m"], Tensor]:
-        """Each task's mean at x less the prior mean; the covariance, or its diagonal where `prior` is one.
+    def mean(self, x: Tensor, cross: Float[Tensor, "m every"]) -> Float[Tensor, "t m"]:
+        """Each task's mean at x less the prior mean. `cross`: the prior covariance of f at x and at all data."""
+        return self.weights @ self._columns(cross).T
 
-        `cross`: the prior covariance of f at x and at all data.
-        """
-        cross = cross[:, self._seen]
-        return self.weights @ cross.T, left(prior, torch.linalg.solve_triangular(self._factor, cross.T, upper=False))
+    def covariance(self, x: Tensor, cross: Float[Tensor, "m every"], prior: Tensor) -> Tensor:
+        """The covariance at x, or its diagonal where `prior` is one."""
+        return left(prior, torch.linalg.solve_triangular(self._factor, self._columns(cross).T, upper=False))
+
+    def _columns(self, cross: Float[Tensor, "m every"]) -> Float[Tensor, "m N"]:
+        return cross if self._seen.all() else cross[:, self._seen]  # a copy
 
 
 def _factorise(gram: Tensor, noise: Tensor) -> Tensor:

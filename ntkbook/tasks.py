@@ -1,4 +1,4 @@
-"""Many tasks at the same inputs: their hyperparameters and posteriors, from one eigendecomposition.
+"""Many tasks at the same inputs, from one eigendecomposition; `ntkbook.hyperparameters` fits theirs.
 
 K = U Λ Uᵀ at the inputs is B Bᵀ with B = U Λ^½ (N × r), r its rank to rounding. A task that saw the values S has
 K_SS = B_S B_Sᵀ, whose eigenvalues are those of B_SᵀB_S = Q diag(λ) Qᵀ (r × r), and zeros. With ρ = σ²/s²,
@@ -13,14 +13,13 @@ operations. A kernel whose spectrum falls fast, as an NTK's does, has r ≪ N, a
 
 import copy
 import math
-import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ntkbook.checks import place
 from ntkbook.memory import require_memory, working_memory
 from ntkbook.posterior import Posterior
 
@@ -104,113 +103,6 @@ class Tasks:
         return rest, rest.mT @ rest + ratio[:, None, None] * (w.mT @ w)
 
 
-def fit(
-    basis: Basis,
-    observed: Bool[Tensor, "T N"],
-    y: Float[Tensor, "T N"],
-    level: Float[Tensor, " T"],
-    outputs: int,
-    constant: bool,
-) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"], Float[Tensor, "T o"], Bool[Tensor, " T"], Bool[Tensor, " T"]]:
-    """s², σ², constants, which tasks determine them, and which cannot be fitted at all: these hold no numbers to use.
-
-    Args:
-        y: zero where not observed. level: the mean of each task's prior variances for s² = 1.
-    """
-    n = observed.sum(1).to(y)
-    units = torch.eye(outputs if constant else 0, outputs, dtype=y.dtype, device=y.device)
-    columns = units.T.repeat(y.shape[1] // outputs, 1) * observed[..., None]  # one for each constant, (T, N, k)
-    counts = columns.sum(1)
-    # The likelihood does not change if a constant is taken off y; without its mean less of y cancels against c.
-    centre = (columns.mT @ y[..., None])[..., 0] / counts.clamp_min(1)
-    z = y - (columns @ centre[..., None])[..., 0]
-    impossible = (n < 2) | ~(level > 0) | (z.norm(dim=1) <= 1e-13 * y.norm(dim=1))
-    middle = level.where(level > 0, 1).log10()
-    low, high = middle - 12, middle + 4  # where NTKGP.fit looks
-    tasks = Tasks(basis, observed, torch.cat([z[..., None], columns], dim=2))
-    unseen = torch.diag_embed((counts == 0).to(y))
-
-    def profile(anchor: Float[Tensor, " T"]) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-        """log p as a function of log10 ρ, up to a constant, with the best s² and constants; from q at an anchor ε."""
-        base, values, h = tasks.solve(anchor)[1], tasks.values, tasks.h
-
-        def at(number: Float[Tensor, " T"]) -> tuple[Tensor, Tensor, Tensor]:
-            ratio = 10**number
-            gain = (ratio - anchor)[:, None] / ((values + anchor[:, None]) * (values + ratio[:, None]))
-            q = base + (gain[..., None] * h).mT @ h
-            c = torch.linalg.solve(q[:, 1:, 1:] + unseen, q[:, 1:, :1])
-            squares = (q[:, :1, :1] - q[:, :1, 1:] @ c).flatten()
-            scale = squares / (ratio * n)
-            log_determinant = (values / ratio[:, None]).log1p().sum(1) + n * ratio.log()
-            return -0.5 * (n * scale.log() + log_determinant), scale, c[..., 0]
-
-        return at
-
-    step = (high - low) / 160
-    coarse = profile(10**low)
-    best, index = _best_of_grid(lambda number: coarse(number)[0], low, step)
-    inside = (index > 0) & (index < 160)
-    # λ and h are known to the rounding of K, which an anchor at the low end is close to: once more from a closer one.
-    fine = profile(10 ** (best - step))
-    best = best.where(~inside, _golden_section(lambda number: fine(number)[0], best - step, best + step))
-    _, scale, c = fine(best)
-    return scale, scale * 10**best, c + centre, inside & ~impossible, impossible
-
-
-def _best_of_grid(
-    function: Callable[[Tensor], Tensor], low: Float[Tensor, " T"], step: Float[Tensor, " T"]
-) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
-    """Each task's best of 161 numbers, and its index."""
-    best, index, most = low, torch.zeros_like(low), function(low)
-    for i in range(1, 161):
-        number = low + i * step
-        value = function(number)
-        better = value > most
-        best, index, most = best.where(~better, number), index.where(~better, i), most.where(~better, value)
-    return best, index
-
-
-def _golden_section(
-    function: Callable[[Tensor], Tensor], left: Float[Tensor, " T"], right: Float[Tensor, " T"]
-) -> Float[Tensor, " T"]:
-    """Each task's maximiser between two numbers, to 1e-10."""
-    for _ in range(45):
-        width = (math.sqrt(5) - 1) / 2 * (right - left)
-        lower = function(right - width) > function(left + width)
-        left, right = left.where(lower, right - width), (left + width).where(lower, right)
-    return (left + right) / 2
-
-
-def fit_tasks(
-    basis: Basis, level: Float[Tensor, " N"], residuals: Float[Tensor, "T n o"], gp: "NTKGP"
-) -> TaskHyperparameters:
-    """`NTKGP.fit_tasks`, for residuals that are NaN where not observed. level: the Gram matrix's diagonal."""
-    tasks, _, o = residuals.shape
-    constant = gp.mean == "constant"
-    each = (basis.rank**2 + basis.features.shape[0] * (3 + 2 * o * constant)) * residuals.element_size()
-    parts = []
-    for part in residuals.flatten(1).split(max(1, working_memory(residuals.device) // (4 * each))):
-        observed = ~part.isnan()
-        mean_level = (observed.to(level) @ level) / observed.sum(1).clamp_min(1)
-        parts.append(fit(basis, observed, part.nan_to_num(), mean_level, o, constant))
-    scale, noise, c, determined, impossible = (torch.cat(part) for part in zip(*parts))
-    if not determined.all():
-        warnings.warn(
-            f"fit_tasks: {int((~determined).sum())} of {tasks} tasks do not determine outputscale and noise: "
-            f"{int(impossible.sum())} of them have fewer than two observed values, or values equal to the prior mean, "
-            "and keep the GP's own; at the others the marginal likelihood grows up to the end of the search for "
-            "noise / outputscale.",
-            stacklevel=3,
-        )
-    own = residuals.new_zeros(o) if gp.constant is None else gp.constant
-    return TaskHyperparameters(
-        scale.where(~impossible, gp.outputscale),
-        noise.where(~impossible, gp.noise),
-        c.where(~impossible[:, None], own) if constant else None,
-        determined,
-    )
-
-
 class TaskPosterior(Posterior):
     """T tasks at the same inputs, with hyperparameters for each. Differentiable in new inputs, not in the data."""
 
@@ -221,12 +113,10 @@ class TaskPosterior(Posterior):
         y: Float[Tensor, "t n o"],
         basis: Basis,
         hyperparameters: TaskHyperparameters,
-        *,
-        own_noise: bool = True,
     ) -> None:
         self._gp = gp = copy.copy(gp)
         self._lin, self._x, self._tasks, self._o = gp.lin, x.detach().clone(), True, y.shape[2]
-        self._hyperparameters, self._sigma2 = hyperparameters, hyperparameters.noise if own_noise else None
+        self._hyperparameters = hyperparameters
         scale, noise = hyperparameters.outputscale, hyperparameters.noise
         self._ratio = noise / scale
         rounding = torch.finfo(y.dtype).eps * basis.largest
@@ -247,8 +137,14 @@ class TaskPosterior(Posterior):
         log_determinant = (tasks.values / r[:, None]).log1p().sum(1) + n * noise.log()
         self._log_likelihood = -0.5 * (squares.flatten() / noise + log_determinant + n * math.log(2 * math.pi))
 
-    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "TaskPosterior":
+    def to(
+        self,
+        *where: torch.device | torch.dtype | str | int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "TaskPosterior":
         """As `Posterior.to`; directions of the kernel below the new dtype's rounding keep their prior variance."""
+        device, dtype = place(where, device, dtype)
         other = super().to(device=device, dtype=dtype)
         if dtype not in (None, self._whiten.dtype) and self._whiten.shape[1]:
             inverse = self._whiten.square().sum(0)  # of each direction's eigenvalue
@@ -265,6 +161,11 @@ class TaskPosterior(Posterior):
         return torch.zeros_like(self._log_likelihood)
 
     @property
+    def solver(self) -> str:
+        """ "eigh": one eigendecomposition of the Gram matrix, and a small one for each pattern of missing values."""
+        return "eigh"
+
+    @property
     def weights(self) -> Tensor:
         scaled = self._weights / self._hyperparameters.outputscale[:, None]
         each = scaled.where(self._seen, torch.nan).view(len(scaled), len(self._x), self._o)
@@ -277,9 +178,16 @@ class TaskPosterior(Posterior):
         return each if constant is None else each + constant[:, None]
 
     def _noise_at(self, noise: Tensor | float | None, m: int) -> Tensor:
-        if noise is None and self._sigma2 is not None:
-            return self._sigma2[:, None].expand(-1, m * self._o)
+        if noise is None:
+            return self._hyperparameters.noise[:, None].expand(-1, m * self._o)
         return super()._noise_at(noise, m)
+
+    def _cross(self, x: Tensor) -> Float[Tensor, "mo no"]:
+        return self._lin.gram(x, self._x)  # for each task to scale
+
+    def _means(self, x: Tensor, cross: Float[Tensor, "mo no"]) -> Float[Tensor, "t m o"]:
+        prior = self._prior_mean(x)
+        return prior + (self._weights @ cross.T).view_as(prior)
 
     def _moments(self, x: Tensor, full: bool) -> tuple[Float[Tensor, "t m o"], Tensor]:
         """Means, and covariances (T, m·o, m·o) or variances (T, m, o).
@@ -287,13 +195,10 @@ class TaskPosterior(Posterior):
         With features b* = Λ^-½ Uᵀ k*, the variance is s² (k** − |b*|²) + σ² b*ᵀ (B_SᵀB_S + ρI)⁻¹ b*: what no data at
         these inputs can tell, plus what these did not. Both are sums of squares, and rounding leaves them positive.
         """
-        mean = self._prior_mean(x)
-        size = mean[0].numel()
         if full:
-            self._require_covariances(x, size)
-        cross = self._lin.gram(x, self._x)
-        mean = mean + (self._weights @ cross.T).view_as(mean)
-        b = cross @ self._whiten
+            self._require_covariances(x)
+        cross = self._cross(x)
+        mean, b = self._means(x, cross), cross @ self._whiten
         prior = self._lin.gram(x) if full else self._lin.diagonal(x)
         beyond = prior - b @ b.T if full else (prior - b.square().sum(1)).clamp_min(0)
         second = prior.new_empty(len(mean), *prior.shape)

@@ -22,6 +22,8 @@ from ntkbook import (
     automatic_epsilon,
     curvature,
     empirical_fisher_vector_product,
+    fisher,
+    fisher_diagonal,
     fisher_vector_product,
     linearize,
     monte_carlo_fisher_vector_product,
@@ -593,6 +595,22 @@ def test_errors():
             fisher_vector_product(net, x, v, method="central_difference", epsilon=epsilon)
     with pytest.raises(ValueError, match=r"BatchNorm1d '1' is in train mode"):
         fisher_vector_product(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double(), x, randn(12))
+
+
+def test_an_operator_in_a_line():
+    op = FisherOperator(small(), randn(5, 3), reduction="mean")
+    want = f"FisherOperator({op.shape[0]} x {op.shape[0]}, 5 examples, likelihood=Categorical, method='exact', "
+    assert repr(op) == want + "reduction='mean')"
+
+
+def test_one_class_is_an_error_and_not_a_matrix_of_zeros():
+    net, x = nn.Linear(3, 1).double(), randn(5, 3)
+    calls = [lambda method=method: fisher_vector_product(net, x, randn(4), method=method) for method in fisher.METHODS]
+    calls += [lambda: FisherOperator(net, x) @ randn(4), lambda: FisherOperator(net, x).to_dense()]
+    calls += [lambda: fisher_diagonal(net, x), lambda: monte_carlo_fisher_vector_product(net, x, randn(4))]
+    for call in calls:
+        with pytest.raises(ValueError, match=r'two classes, got one.*"bernoulli"'):
+            call()
 
 
 def test_what_cannot_fit_is_refused(monkeypatch):

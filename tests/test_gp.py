@@ -10,7 +10,7 @@ from oracles.jacobian import loop_jacobian
 from oracles.networks import build
 from torch import nn
 
-from ntkbook import NTKGP, Linearization, Nystrom
+from ntkbook import NTKGP, Linearization, Nystrom, TaskHyperparameters
 from ntkbook import posterior as posterior_module
 from ntkbook.experiments.networks import mlp
 
@@ -117,10 +117,16 @@ def test_predictive_adds_the_noise(outputs):
     spread = per_point.repeat_interleave(outputs).diag()
     got = posterior.predictive(x_star, noise=per_point).covariance_matrix
     torch.testing.assert_close(got, latent + spread, rtol=0, atol=1e-15)
-    own = gp.condition(x, y, noise=0.1)
+    own = gp.condition(x, y, noise=torch.full((12,), 0.1))
     with pytest.raises(ValueError, match="say which noise= the new points have"):
         own.predictive(x_star)
     assert own.predictive(x_star, noise=0.1).mean.shape == posterior(x_star).mean.shape
+    for number in (0.1, torch.tensor(0.1, dtype=torch.double)):  # which is that of new points too
+        other = gp.condition(x, y, noise=number)
+        want = other(x_star).covariance_matrix + 0.1 * eye
+        torch.testing.assert_close(other.predictive(x_star).covariance_matrix, want, rtol=0, atol=1e-15)
+        got = gp.condition_tasks(x, y[None], noise=number).predictive(x_star).covariance_matrix[0]
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
     many = gp.condition_tasks(x, torch.stack([y, -y]))
     both = many.predictive(x_star)
     assert both.mean.shape == (2, *posterior(x_star).mean.shape)
@@ -371,20 +377,43 @@ def test_fit_says_when_the_data_determine_nothing():
         NTKGP(dead).fit(x, draw(30))
 
 
+@pytest.mark.filterwarnings("ignore:fit.*determine:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("points", ["a line", "few, often"])
+def test_condition_takes_what_fit_finds_where_there_is_no_noise(points, dtype):
+    """Also in float32, whose rounding of the Gram matrix is larger than the noise that fits best."""
+    net = network(inputs=1, width=50).to(dtype)
+    x = torch.linspace(-3, 3, 100, dtype=dtype)[:, None]
+    x = x if points == "a line" else x[::10].repeat(10, 1)
+    y, noise = torch.sin(2 * x[:, 0]), torch.full((100,), 1e-9, dtype=dtype)
+    gp = NTKGP(net, dtype=dtype).fit(x, y)
+    posterior = gp.condition(x, y)
+    assert (posterior.mean(x) - y).abs().max() < 0.1
+    evidence = float(posterior.log_marginal_likelihood)
+    many = gp.condition_tasks(x, y[None], hyperparameters=gp.fit_tasks(x, y[None]))
+    assert float(many.log_marginal_likelihood) == pytest.approx(evidence, rel=0.01)
+    gp = NTKGP(net, dtype=dtype).fit(x, y, noise=noise)
+    assert (gp.condition(x, y, noise=noise).mean(x) - y).abs().max() < 0.1
+    if dtype == torch.float32:
+        for given in (None, noise):
+            with pytest.warns(UserWarning, match="Beyond lies the kernel's rounding in torch.float32; that in"):
+                gp.fit(x, y, noise=given)
+
+
 # ------------------------------------------------------------------ errors
 
 
 def test_errors_say_what_to_do():
     net, x, y = network(), draw(6, 2), draw(6, seed=1)
     gp = NTKGP(net)
-    with pytest.raises(ValueError, match='expected "zero", "constant", "network" or a function, got \'linear\''):
+    with pytest.raises(ValueError, match=r'"zero", "constant" .*, "network" or a function of x, got .linear'):
         NTKGP(net, mean="linear")
     for name, value in (("outputscale", 0.0), ("noise", -1.0), ("noise", math.nan), ("outputscale", math.inf)):
         with pytest.raises(ValueError, match=f"{name}: expected a positive number"):
             NTKGP(net, **{name: value})
-    with pytest.raises(ValueError, match=r"y: expected \(6,\) or \(6, 1\) a task for 6 examples .* got \(5,\)"):
+    with pytest.raises(ValueError, match=r"y: expected \(6,\) or \(6, 1\) for 6 examples .* got \(5,\)"):
         gp.condition(x, y[:5])
-    with pytest.raises(ValueError, match=r"y: expected \(6, 2\) a task for 6 examples and 2 outputs, got \(6,\)"):
+    with pytest.raises(ValueError, match=r"y: expected \(6, 2\) for 6 examples of 2 outputs, got \(6,\)"):
         NTKGP(network(2)).condition(x, y)
     with pytest.raises(ValueError, match=r"y: expected \(T, n\) or \(T, n, o\) with at least one task, got \(6,\)"):
         gp.condition_tasks(x, y)
@@ -405,6 +434,53 @@ def test_errors_say_what_to_do():
         NTKGP(net, mean=lambda x: x[:, 0] * math.nan).condition(x, y)
     with pytest.raises(ValueError, match="in train mode"):
         NTKGP(nn.Sequential(net, nn.Dropout())).condition(x, y)
+
+
+def test_noise_may_be_missing_where_values_are():
+    net, x, star = network(2), draw(8, 2), draw(3, 2, seed=1)
+    y, noise = 3 * draw(2, 8, 2, seed=2), 0.01 * draw(8, 2, seed=3).exp()
+    y[:, 2], y[0, 3, 1] = torch.nan, torch.nan
+    holes = noise.clone()
+    holes[2] = torch.nan
+    gp = NTKGP(net)
+    for call in (gp.condition_tasks, lambda x, y, noise: gp.condition(x, y[0], noise=noise)):
+        torch.testing.assert_close(call(x, y, noise=holes).mean(star), call(x, y, noise=noise).mean(star))
+    want = NTKGP(net).fit(x, y[0], noise=noise).outputscale
+    assert NTKGP(net).fit(x, y[0], noise=holes).outputscale == want
+    holes[3, 1] = torch.nan  # which the second task has seen
+    gp.condition(x, y[0], noise=holes)
+    with pytest.raises(ValueError, match="noise: expected positive, finite"):
+        gp.condition_tasks(x, y, noise=holes)
+
+
+@pytest.mark.parametrize("kind", [{}, {"solver": "cg"}, {"space": "parameter"}, {"solver": Nystrom()}])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_no_points_have_no_moments(kind, outputs):
+    net, x = network(outputs), draw(8, 2)
+    posterior = NTKGP(net, **kind).condition(x, draw(8, outputs, seed=1))
+    shape = (0,) if outputs == 1 else (0, 2)
+    assert posterior.mean(x[:0]).shape == posterior.variance(x[:0]).shape == shape
+    assert NTKGP(net).condition_tasks(x, draw(3, 8, outputs)).mean(x[:0]).shape == (3, *shape)
+
+
+def test_what_they_are_in_a_line():
+    net, x = network(2), draw(8, 2)
+    gp = NTKGP(net, noise=0.1)
+    want = "NTKGP(Sequential in 47 parameters, outputscale=1, noise=0.1, mean='zero', space='function', "
+    assert repr(gp) == want + "solver='cholesky', dtype=torch.float64)"
+    assert "mean=Sequential, space" in repr(NTKGP(net, mean=net))
+    assert "solver='auto'" in repr(NTKGP(net, solver="auto"))
+    assert "solver=Nystrom(tolerance=1e-06" in repr(NTKGP(net, solver=Nystrom()))
+    assert repr(gp.condition(x, draw(8, 2))) == f"Posterior(8 examples, solver='cholesky', of {gp!r})"
+    assert repr(gp.condition_tasks(x, draw(3, 8, 2))).startswith("Posterior(3 tasks, 8 examples, ")
+
+
+def test_a_network_in_train_mode_after_conditioning_is_named():
+    net, x = nn.Sequential(network(), nn.Dropout()).eval(), draw(6, 2)
+    posterior = NTKGP(net).condition(x, draw(6, seed=1))
+    net.train()
+    with pytest.raises(ValueError, match=r"Dropout '1' is in train mode, .* Call net.eval\(\) first"):
+        posterior.mean(x)
 
 
 def test_noise_below_rounding_is_an_error_and_not_jitter():
@@ -454,3 +530,25 @@ def test_weights_solve_the_system_and_give_the_mean(kind, outputs):
     left = (y.flatten() - 0.7 * lin.gram(x) @ weights - 0.1 * weights)[~y.isnan().flatten()]
     assert left.norm() <= 1e-6 * y.nan_to_num().norm()  # parameter space solves for something else, to 1e-8
     assert (0.7 * lin.gram(star, x) @ weights - posterior.mean(star).flatten()).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("kind", [{}, {"solver": "cg"}, {"space": "parameter"}, {"solver": Nystrom()}, {"each": True}])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_mean_alone_costs_no_variance(kind, outputs, monkeypatch):
+    net, x, star = network(outputs), draw(20, 2), draw(6, 2, seed=1)
+    y = draw(3, 20, outputs, seed=2)
+    y[1, 3] = y[2] = torch.nan
+    if kind.pop("each", False):
+        each = TaskHyperparameters(torch.ones(3), torch.full((3,), 0.1))
+        posterior = NTKGP(net, mean="network").condition_tasks(x, y, hyperparameters=each)
+    else:
+        posterior = NTKGP(net, noise=0.1, mean="network", **kind).condition_tasks(x, y)
+    want, variance = posterior.marginals(star)
+    assert torch.equal(posterior.variance(star), variance)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("part of a variance")
+
+    monkeypatch.setattr(torch.linalg, "solve_triangular", refuse)
+    monkeypatch.setattr(Linearization, "diagonal", refuse)
+    torch.testing.assert_close(posterior.mean(star), want, rtol=1e-13, atol=1e-14)

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import math
+import pickle
 
 import gpytorch
 import pytest
@@ -15,10 +17,11 @@ from gpytorch.kernels import RBFKernel, ScaleKernel
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from oracles import dense_gp
 from oracles.jacobian import loop_jacobian
-from oracles.networks import build
+from oracles.networks import Words, build
 from torch import nn
 
 from ntkbook import NTKGP, Linearization, NTKKernel
+from ntkbook import kernel as kernel_module
 
 
 def draw(*shape, seed=0):
@@ -73,6 +76,119 @@ def test_values_diagonals_and_batches(outputs):
     one, last = NTKKernel(net, output=outputs - 1), j[:, outputs - 1 :: outputs]
     torch.testing.assert_close(one(x).to_dense(), last @ last.mT, **close)
     torch.testing.assert_close(one(x, diag=True), last.square().sum(-1), **close)
+
+
+class Tokens(nn.Module):
+    """Words by number, where numbers are of a Gaussian process's inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = Words()
+
+    def forward(self, x):
+        return self.words(x.long().abs() % 5)
+
+
+BATCHED = ["tanh", "vector output", "frozen", "called twice", "convolutions", "batch norm", "layer norm", "group norm"]
+BATCHED += ["recurrent", "tied", "constant image", "parameter of its own", "tokens"]
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_a_batch_of_small_matrices_is_made_at_once_and_equals_each_alone(name, monkeypatch):
+    """Entries that differ, and entries that are equal, in either place; as many at a time as fit."""
+    if name == "tokens":
+        net, shape = Tokens().double(), (3,)
+    else:
+        net, x = build(name)
+        shape = x.shape[1:]
+    size = math.prod(shape)
+    x, x2 = 3 * draw(2, 3, 4, size), 3 * draw(2, 3, 5, size, seed=1)
+    real, grams = Linearization.gram, []
+    lin = Linearization(net)
+    outputs = lin.num_outputs(x[0, 0].view(-1, *shape))
+
+    def alone(a, b, output):
+        a, b = (v.expand(2, 3, *v.shape[-2:]).reshape(6, -1, *shape) for v in (a, b))
+        each = torch.stack([real(lin, one, two, output=output) for one, two in zip(a, b)])
+        return each.view(2, 3, *each.shape[1:])
+
+    monkeypatch.setattr(Linearization, "gram", lambda *a, **k: grams.append(0) or real(*a, **k))
+    for output in {None, outputs - 1}:
+        kernel = NTKKernel(net, input_shape=shape, output=output)
+        close = {"rtol": 1e-11, "atol": 1e-12}
+        torch.testing.assert_close(kernel.forward(x, x2), alone(x, x2, output), **close)
+        torch.testing.assert_close(kernel.forward(x, x), alone(x, x, output), **close)
+        torch.testing.assert_close(kernel.forward(x, x.clone()), alone(x, x, output), **close)
+        with monkeypatch.context() as patch:  # no room for more than one at a time
+            patch.setattr(Linearization, "_budget", lambda self, memory: memory or 1)
+            torch.testing.assert_close(kernel.forward(x, x2), alone(x, x2, output), **close)
+        assert not grams
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel_module, "SMALL", 0)
+            torch.testing.assert_close(kernel.forward(x, x2), alone(x, x2, output), **close)
+        assert len(grams) == 6
+        grams.clear()
+        same, same2 = x[:1, :1].repeat(2, 3, 1, 1), x2[0, 1].expand(2, 3, -1, -1)
+        for a, b in ((x, same2), (same, x2), (same, same2), (same, same.clone()), (x, x2[0, 0]), (x[0, 0], x2)):
+            torch.testing.assert_close(kernel.forward(a, b), alone(a, b, output), **close)
+        assert len(grams) == 6
+        torch.testing.assert_close(kernel.forward(x[:, :1], same2), alone(x[:, :1], same2, output), **close)
+        torch.testing.assert_close(kernel.forward(same, x2[:, :1]), alone(same, x2[:, :1], output), **close)
+        grams.clear()
+
+
+@pytest.mark.parametrize("name", ["tanh", "convolutions"])
+def test_derivatives_of_a_batch(name):
+    """Each entry's, also where entries are equal, as those of its own matrix: gradients of weighted sums."""
+    net, x = build(name)
+    lin, shape, size = Linearization(net), x.shape[1:], x[0].numel()
+    kernel = NTKKernel(net, input_shape=shape, output=0)
+    x, x2 = draw(2, 2, size).requires_grad_(), draw(2, 1, size, seed=1).requires_grad_()
+    equal = draw(1, 2, size).repeat(2, 1, 1).requires_grad_()
+    one, constant = x2[0].detach().requires_grad_(), x2[0].detach()
+    for a, b in ((x, x2), (x, x), (equal, x2), (x, one), (one, x), (x, constant)):
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        pairs = zip(*(v.expand(*batch, *v.shape[-2:]).reshape(*batch, -1, *shape) for v in (a, b)))
+        want = torch.stack([lin.gram(v, None if a is b else w, output=0) for v, w in pairs])
+        wanted = {id(v): v for v in (a, b) if v.requires_grad}.values()
+        weights = draw(*want.shape, seed=3)
+        got = torch.autograd.grad((kernel.forward(a, b) * weights).sum(), list(wanted))
+        for left, right in zip(got, torch.autograd.grad((want * weights).sum(), list(wanted))):
+            torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-12)
+    if name == "tanh":
+        assert torch.autograd.gradcheck(kernel.forward, (x, x2))
+
+
+def test_the_last_matrix_is_kept_for_the_same_inputs(monkeypatch):
+    """Fitting hyperparameters calls for one matrix again and again, and the network's has none."""
+    net, x, x2 = network(), draw(5, 2), draw(5, 2, seed=1)
+    kernel, grams, real = NTKKernel(net), [], Linearization.gram
+    monkeypatch.setattr(Linearization, "gram", lambda *a, **k: grams.append(0) or real(*a, **k))
+    first = kernel(x).to_dense()
+    want = first.clone()
+    first.zero_()  # a caller's own
+    assert torch.equal(kernel(x.clone()).to_dense(), want)
+    assert len(grams) == 1
+    assert len(pickle.dumps(kernel)) == len(pickle.dumps(NTKKernel(net)))
+    assert torch.equal(copy.deepcopy(kernel)(x).to_dense(), want)
+    assert len(grams) == 2  # it is not copied
+    x[0] += 1  # in place
+    changed = kernel(x).to_dense()
+    assert len(grams) == 3
+    torch.testing.assert_close(changed, real(Linearization(net), x), rtol=1e-12, atol=1e-13)
+    kernel(x2).to_dense()
+    assert torch.equal(kernel(x).to_dense(), changed)
+    single = kernel(x.float()).to_dense()
+    assert single.dtype == torch.float32
+    assert kernel(x.clone().requires_grad_()).to_dense().requires_grad
+    wide = NTKKernel(network(3))
+    assert wide(x).to_dense().shape == (15, 15)
+    wide.output = 1
+    assert wide(x).to_dense().shape == (5, 5)
+    monkeypatch.setattr(kernel_module, "working_memory", lambda device: 100)  # too large to keep
+    before = len(grams)
+    assert torch.equal(kernel(x2).to_dense(), kernel(x2).to_dense())
+    assert len(grams) == before + 2
 
 
 def test_equal_inputs_of_different_origin_have_their_own_derivatives():

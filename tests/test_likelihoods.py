@@ -30,7 +30,6 @@ CASES: dict[str, tuple[Likelihood, int]] = {
     "noise per output": (Gaussian(NOISES), 3),
     "heteroscedastic": (HeteroscedasticGaussian(), 2),
     "categorical": (Categorical(), 5),
-    "one class": (Categorical(), 1),
     "two classes": (Categorical(), 2),
     "Bernoulli": (Bernoulli(), 1),
     "Poisson": (Poisson(), 1),
@@ -198,7 +197,7 @@ def test_log_prob_and_kl_are_those_of_torch_distributions(name):
     y = p.sample()
     assert error(likelihood.log_prob(f, y), p.log_prob(y)) < TOLERANCE
     assert error(likelihood.kl(f, f2), td.kl_divergence(p, q)) < TOLERANCE
-    if name not in ("categorical", "one class", "two classes") and f.shape[1] < 3:
+    if name not in ("categorical", "two classes") and f.shape[1] < 3:
         assert torch.equal(likelihood.log_prob(f, y.reshape(-1)), likelihood.log_prob(f, y.reshape(-1, 1)))
 
 
@@ -262,7 +261,7 @@ def test_kl_of_noises_keeps_its_digits():
         assert abs(Decimal(found) / exact - 1) < 1e-14, ratio
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "one class"])
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_gradient_of_kl_at_a_small_step_is_h_times_the_step(name, dtype):
     # A Fisher product by finite differences. The error is that of the second-order term, of the size of the step, plus
@@ -493,6 +492,10 @@ F = {o: draw(4, o) for o in (1, 2, 3)}
         (lambda: Gaussian().log_prob(F[1], torch.zeros(1, 4)), r"y: expected \(4,\) or \(4, 1\), got \(1, 4\)"),
         (lambda: Gaussian().log_prob(F[1], torch.full((4,), math.nan)), "Gaussian expects finite numbers"),
         (lambda: Gaussian().kl(F[3], F[1]), r"f2: expected the shape of f, \(4, 3\), got \(4, 1\)"),
+        (
+            lambda: Categorical().hessian(F[1]),
+            r'two classes, got one, .* Two classes by one logit are "bernoulli"',
+        ),
         (lambda: Categorical().kl(F[3], F[1]), r"f2: expected the shape of f, \(4, 3\), got \(4, 1\)"),
         (lambda: HeteroscedasticGaussian(0.0), "floor: expected a positive, finite variance, got 0.0"),
         (lambda: HeteroscedasticGaussian().hessian(F[3]), r"expects floating-point outputs \(n, 2\), got \(4, 3\)"),

@@ -249,6 +249,21 @@ class NoDouble(TorchDispatchMode):
         return out
 
 
+def test_where_to_is_said_as_to_torch():
+    gp = NTKGP(network(), noise=0.1)
+    many = gp.condition_tasks(X, GAPS)
+    for thing in (gp, gp.lin, gp.condition(X, Y), many, many.to(torch.float32)):
+        for where in (("cpu",), (torch.device("cpu"), torch.float64), (torch.float64,)):
+            moved = thing.to(*where)
+            assert type(moved) is type(thing)
+    single = many.to("cpu", torch.float32)
+    assert single.mean(X_STAR).dtype == torch.float32
+    assert torch.equal(single.mean(X_STAR), many.to(device="cpu", dtype=torch.float32).mean(X_STAR))
+    assert gp.lin.to(torch.float32).dtype == torch.float32
+    with pytest.raises(RuntimeError, match="device string: everywhere"):
+        gp.to("everywhere")
+
+
 def test_a_device_without_float64_is_a_clear_error():
     gp = NTKGP(network(), noise=0.1)
     posterior = gp.condition(X, Y)

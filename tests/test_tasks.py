@@ -10,6 +10,7 @@ from oracles import accurate_gp, dense_gp
 from torch import nn
 
 from ntkbook import NTKGP, Iterative, Linearization, TaskHyperparameters, gp, tasks
+from ntkbook import hyperparameters as hyperparameter_module
 from ntkbook.experiments.networks import mlp
 from ntkbook.posterior import Posterior
 
@@ -162,6 +163,7 @@ def test_many_patterns_share_one_eigendecomposition(monkeypatch):
     assert torch.equal(many.mean(x_star)[3], model(x_star).mean)
     assert torch.equal(many.log_marginal_likelihood_error, torch.zeros(40, dtype=torch.double))
     assert many.report is None
+    assert many.solver == "eigh"
     monkeypatch.setattr(gp, "MANY_PATTERNS", 100)
     groups = model.condition_tasks(x, y)
     assert type(groups) is Posterior
@@ -183,8 +185,9 @@ def test_when_patterns_keep_factors_of_their_own():
     wide = draw(20, 30, seed=1)
     full_rank = NTKGP(network(inputs=30, width=30), noise=0.05)
     assert type(full_rank.condition_tasks(wide, gaps(draw(40, 20), 0.2))) is Posterior
-    with pytest.raises(ValueError, match="say which noise= the new points have"):
-        model.condition_tasks(x, y, noise=0.3).predictive(x)
+    got = model.condition_tasks(x, y, noise=0.3).predictive(x[:3])
+    want = model.condition(x, y[2], noise=0.3).predictive(x[:3])
+    torch.testing.assert_close(got.covariance_matrix[2], want.covariance_matrix, rtol=1e-8, atol=1e-9)
     got = model.condition_tasks(x, y, noise=0.3).predictive(x[:3], noise=torch.tensor([0.1, 0.2, 0.3]))
     want = model.condition(x, y[2], noise=0.3).predictive(x[:3], noise=torch.tensor([0.1, 0.2, 0.3]))
     torch.testing.assert_close(got.covariance_matrix[2], want.covariance_matrix, rtol=1e-8, atol=1e-9)
@@ -350,7 +353,8 @@ def test_chunks_of_tasks_do_not_matter(monkeypatch):
     want = results()
     sizes, eigh = [], torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda a: sizes.append(len(a)) or eigh(a))
-    monkeypatch.setattr(tasks, "working_memory", lambda device: 1)
+    for module in (tasks, hyperparameter_module):
+        monkeypatch.setattr(module, "working_memory", lambda device: 1)
     got = results()
     assert set(sizes) == {20, 1}
     for one, two in zip(got[:3], want[:3]):
@@ -367,7 +371,9 @@ def test_errors_say_what_to_do(monkeypatch):
     model, each = NTKGP(net), hyperparameters(3)
     with pytest.raises(ValueError, match=r"y: expected \(T, n\) or \(T, n, o\) with at least one task, got \(6,\)"):
         model.fit_tasks(x, y[0])
-    with pytest.raises(ValueError, match=r"y: expected \(6,\) or \(6, 1\) a task"):
+    with pytest.raises(
+        ValueError, match=r"y: expected \(T, 6\) or \(T, 6, 1\) for 6 examples of 1 outputs, got \(3, 5\)"
+    ):
         model.fit_tasks(x, y[:, :5])
     with pytest.raises(ValueError, match="it is part of hyperparameters; give one of the two"):
         model.condition_tasks(x, y, noise=0.1, hyperparameters=each)

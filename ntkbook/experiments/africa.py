@@ -31,7 +31,7 @@ from ntkbook.experiments.heteroscedastic import LIKELIHOOD, diverged, mean_netwo
 from ntkbook.experiments.networks import mlp
 from ntkbook.experiments.streamed import FeatureGP, inducing_rbf, last_layer
 from ntkbook.experiments.training import train
-from ntkbook.hyperparameters import ProfileLikelihood
+from ntkbook.hyperparameters import ProfileLikelihood, rounding
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def fitted(mean: nn.Module, x: Tensor, y: Tensor, n: int, s: Settings) -> dict[s
     gram = NTKGP(mean).lin.gram(x)
     eigenvalues, vectors = torch.linalg.eigh(gram)
     target = vectors.T @ y
-    likelihood = ProfileLikelihood(eigenvalues.clamp_min(0), target, target.new_zeros(len(y), 0), False)
+    data = eigenvalues.clamp_min(0), target, target.new_zeros(len(y), 0)
+    likelihood = ProfileLikelihood(*data, False, rounding(gram.diagonal()))
     best = likelihood.maximise()
     least = math.log10(n * float(gram.diagonal().mean()) / s.condition)
     (free_scale, free_noise, _), (scale, noise, _) = (likelihood.solution(at) for at in (best, max(best, least)))
