@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ntkbook.finding import find_layers
 from ntkbook.functional import FunctionalNetwork
-from ntkbook.gram import PASS, Shape, prefers_ghost
-from ntkbook.layers import LayerFeatures, find_layers, layer_features
+from ntkbook.gram import PASS, Shape, feature_shape, prefers_ghost
+from ntkbook.layers import LayerFeatures, layer_features
 
 BLOCK = 2**21
 """Numbers of B or E that are made at a time."""
@@ -33,18 +34,18 @@ class LayerBlocks:
 
     def __init__(self, lin: FunctionalNetwork, x: Tensor, outputs: int, memory: int) -> None:
         self.lin, self.outputs = lin, outputs
-        self.layers, self.rest = find_layers(lin.net, lin._call, lin.params, x[:1].detach())
+        self.found = find_layers(lin, x[:1])
         self.shapes = [feature_shape(feature) for feature in self._features(x[:1])]
         starts, start = {}, 0
         for name, value in lin.params.items():
             starts[name] = slice(start, start + value.numel())
             start += value.numel()
-        self.places = [[starts[name] for name in layer.parameters] for layer in self.layers]
+        self.places = [[starts[name] for name in layer.parameters] for layer in self.found.layers]
         numbers = [shape.g * shape.t * (shape.i + shape.o * shape.z) for shape in self.shapes]
-        self.work = 2 * (1 + outputs) * memory + 2 * lin.dtype.itemsize * max(numbers, default=0)
+        self.work = 2 * (2 + outputs) * memory + 2 * lin.dtype.itemsize * max(numbers, default=0)
         """Bytes an example takes beside its share of B or E."""
         self.forward = sum(shape.g * shape.t * shape.i * shape.z for shape in self.shapes)
-        self.forward += sum(lin.params[name].numel() for name in self.rest)
+        self.forward += sum(lin.params[name].numel() for name in self.found.rest)
         """Multiply-adds of an example's run of the network; a parameter without a rule counts as used once."""
 
     # ------------------------------------------------------------------ what things cost, in multiply-adds
@@ -52,7 +53,7 @@ class LayerBlocks:
     def prefers_rule(self, k: int) -> bool:
         """Whether o passes backward, shared by k columns, and one product with each weight a column take fewer
         multiply-adds than the passes of torch.func, which are two such products. Every parameter must have a rule."""
-        return not self.rest and self.outputs * (self.forward + k * self._derivatives) < k * self.forward
+        return not self.found.rest and self.outputs * (self.forward + k * self._derivatives) < k * self.forward
 
     def product_cost(self, k: int) -> int:
         """Of J V or Jᵀ U, an example."""
@@ -65,7 +66,7 @@ class LayerBlocks:
         """Of J J₂ᵀ between n and m examples of the same shape: passes through the network, then all pairs."""
         making = (n if symmetric else n + m) * (1 + self.outputs) * self.forward
         o2 = self.outputs**2
-        pairs = o2 * sum(self.lin.params[name].numel() for name in self.rest)
+        pairs = o2 * sum(self.lin.params[name].numel() for name in self.found.rest)
         for shape in self.shapes:
             if prefers_ghost(shape, shape, n, m):
                 pairs += shape.g * shape.t**2 * (shape.i + o2 * (shape.z + PASS))
@@ -101,7 +102,7 @@ class LayerBlocks:
         return total
 
     def _features(self, x: Tensor) -> Iterable[LayerFeatures]:
-        return layer_features(self.lin._call, self.layers, self.lin.params, x.detach())
+        return layer_features(self.lin, self.found, x.detach())
 
 
 def layer_jvp(
@@ -168,13 +169,6 @@ def _parts(shape: Shape, packed: Tensor, v: Tensor, places: list[slice]) -> Iter
 
 
 # ------------------------------------------------------------------ inside
-
-
-def feature_shape(feature: LayerFeatures) -> Shape:
-    """The shape of a layer's features."""
-    (_, g, t, i), (_, o, *_, z) = feature.inputs.shape, feature.derivatives.shape
-    module = feature.layer.module
-    return Shape(o, g, t, i, z, i if feature.inputs.is_floating_point() else module.num_embeddings)  # pyright: ignore[reportArgumentType]
 
 
 def _rows(a: Tensor) -> Tensor:

@@ -171,15 +171,20 @@ def probe(
 def require_separate(
     call: Callable[[Mapping[str, Tensor], Tensor], Any], params: Mapping[str, Tensor], pair: Tensor
 ) -> None:
-    """Raise ValueError unless the first of two examples (2, ...) has the outputs that it has alone."""
+    """Raise ValueError unless each of two examples (2, ...) has the outputs that it has alone, in either order."""
     with torch.no_grad():
-        both, alone = call(params, pair), call(params, pair[:1])
-    if both.shape != (2, *alone.shape[1:]):
+        both, turned = call(params, pair), call(params, pair.flip(0))
+        alone = [call(params, example) for example in pair.split(1)]
+    if both.shape != (2, *alone[0].shape[1:]):
         raise ValueError(f"The network must map n examples to (n,) or (n, o); from two it made {tuple(both.shape)}.")
-    if (both[:1] - alone).abs().max() > torch.finfo(alone.dtype).eps ** 0.5 * both.abs().max():
+    alone = torch.cat(alone)
+    differences = torch.stack([both - alone, turned.flip(0) - alone]).abs()
+    if differences.max() > torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max():
         raise ValueError(
             "An example's output depends on the others in its batch, so the network has no Jacobian of one example. "
-            "Usual causes: a statistic over dimension 0, or attention between examples."
+            "Usual causes: nn.RNN, nn.GRU, nn.LSTM, nn.MultiheadAttention or nn.TransformerEncoderLayer without "
+            "batch_first=True, which take dimension 0 for time; a statistic or a sum over dimension 0; attention "
+            "between examples."
         )
 
 
@@ -237,10 +242,12 @@ def explained(method: str) -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:
         first = str(error).partition("\n")[0]
         if "forward AD" in str(error) or "forward-mode" in str(error):
+            fused_attention = "run it under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+            others = "torch.cdist, nn.EmbeddingBag, nn.LSTM and weight_norm are among those without."
             raise NotImplementedError(
                 f"{method}: the network uses an operation without a forward-mode derivative ({first}). "
-                "Fused attention has none: run it under torch.nn.attention.sdpa_kernel(SDPBackend.MATH). "
-                "vjp, jacobian, gram and diagonal need none."
+                + (f"Fused attention has none: {fused_attention}" if "attention" in first else others)
+                + " vjp, jacobian, gram, diagonal and Fisher-vector products by double_backward need none."
             ) from error
         if any(word in str(error) for word in ("vmap", "functorch", "data-dependent", "torch.func", "broadcast shape")):
             raise NotImplementedError(

@@ -81,6 +81,8 @@ class FunctionalNetwork:
         self.chunk_size = chunk_size
         self._one_derivative = False  # whether forward and reverse mode were seen to agree
         self._separate = False  # whether examples were seen not to depend on each other
+        self._way = 0  # to examples' gradients, of `gradients.WAYS`: those before it were seen to be wrong
+        self._vectorises: dict[tuple, bool] = {}  # whether products with blocks were seen to be right, by their shapes
 
     # ------------------------------------------------------------------ what it is
 
@@ -157,7 +159,9 @@ class FunctionalNetwork:
                 "off, or compute the new value without changing the old one."
             )
         if len(x) > 1 and not self._separate:
-            with named("the network", x[:2], self.dtype):
-                require_separate(self._raw, self.params, x[:2].detach())
-            self._separate = True
+            others = (x != x[:1]).flatten(1).any(1).nonzero() if x.ndim > 1 else (x != x[0]).nonzero()
+            pair = x[[0, int(others[0]) if len(others) else 1]].detach()
+            with named("the network", pair, self.dtype):
+                require_separate(self._raw, self.params, pair)
+            self._separate = len(others) > 0  # two examples that are the same tell little
         return found

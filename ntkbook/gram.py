@@ -9,14 +9,17 @@ the ghost product: no object of the size of the parameters. With one position (a
 parameters, Σ_t d_t a_tᵀ, are cheaper: `prefers_ghost` counts. Rows are written once, to where they are multiplied.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
-from ntkbook.layers import Call, LayerFeatures, find_layers, gradient_rows, jacobian_rows, layer_features
+from ntkbook.finding import BrokenRule, Found, find_layers
+from ntkbook.functional import FunctionalNetwork
+from ntkbook.gradients import jacobian_rows
+from ntkbook.layers import LayerFeatures, gradient_rows, layer_features
 
 PASS = 16
 """How many multiply-adds of a matrix product take as long as one number of an elementwise pass, on most machines."""
@@ -61,6 +64,13 @@ class Shape(NamedTuple):
         return self.g * self.z * self.columns
 
 
+def feature_shape(feature: LayerFeatures) -> Shape:
+    """The shape of a layer's features."""
+    (_, g, t, i), (_, o, *_, z) = feature.inputs.shape, feature.derivatives.shape
+    module = feature.layer.module
+    return Shape(o, g, t, i, z, i if feature.inputs.is_floating_point() else module.num_embeddings)  # pyright: ignore[reportArgumentType]
+
+
 def prefers_ghost(one: Shape, two: Shape, n: int, m: int) -> bool:
     """Whether the ghost product takes fewer multiply-adds than rows, per pair of n and m examples of these shapes.
 
@@ -85,28 +95,29 @@ class FeatureMaker:
     """Makes the features of examples: their layers', where rules hold, and rows of the Jacobian for the rest.
 
     Args:
-        call, params: the network as a function of parameters and inputs; the parameters that count.
-        net: where its layers are.
+        lin: the network, and the parameters that count.
         x, x2: the examples whose Gram matrix is wanted; x alone for its diagonal.
         outputs, memory: how many outputs the network has, and bytes that autograd keeps of one example.
         output, trace: one output alone; all as one long row.
+        rules: False for rows of the Jacobian alone.
+
+    Raises:
+        BrokenRule: as `layer_features`, here or when it is called; never without rules.
     """
 
     def __init__(
         self,
-        net: nn.Module,
-        call: Call,
-        params: Mapping[str, Tensor],
+        lin: FunctionalNetwork,
         x: Tensor,
         x2: Tensor | None,
         outputs: int,
         memory: int,
         output: int | None,
         trace: bool = False,
+        rules: bool = True,
     ) -> None:
-        self.call, self.params, self.output, self.trace = call, params, output, trace
-        self.layers, rest = find_layers(net, call, params, x[:1].detach())
-        self.rest = {name: params[name] for name in rest}
+        self.lin, self.output, self.trace = lin, output, trace
+        self.found = find_layers(lin, x[:1]) if rules else Found([], list(lin.params))
         shapes = self._shapes(x)
         if x2 is None:
             self.ghosts = [prefers_ghost_alone(shape) for shape in shapes]
@@ -114,38 +125,33 @@ class FeatureMaker:
             others = shapes if x2.shape[1:] == x.shape[1:] else self._shapes(x2)
             self.ghosts = [prefers_ghost(one, two, len(x), len(x2)) for one, two in zip(shapes, others)]
         o = outputs if output is None else 1
-        p = sum(value.numel() for value in self.rest.values())
+        p = sum(lin.params[name].numel() for name in self.found.rest)
         self.outputs = 1 if trace else o
         self.columns = [shape.rows for shape, ghost in zip(shapes, self.ghosts) if not ghost]
         self.columns.append(p * (o if trace else 1))
-        itemsize = next(iter(params.values())).element_size()
+        itemsize = lin.dtype.itemsize
         factors = [shape.g * shape.t * (shape.i + shape.o * shape.z) for shape in shapes]
         kept = sum(numbers for numbers, ghost in zip(factors, self.ghosts) if ghost) + self.outputs * sum(self.columns)
         self.kept = max(1, kept * itemsize)
         """Bytes of an example's features."""
         made = [0 if ghost else shape.o * shape.rows for shape, ghost in zip(shapes, self.ghosts)]
         largest = max([2 * numbers + rows for numbers, rows in zip(factors, made)], default=0)
-        self.work = (2 + o) * memory + itemsize * max(largest, 3 * o * p)
-        """Bytes an example takes while its features are made: activations, o derivatives of each, a layer's factors
+        self.work = (3 + o) * memory + itemsize * max(largest, 3 * o * p)
+        """Bytes an example takes while its features are made: activations, o + 1 derivatives of each, a layer's factors
         and rows; or torch's rows of the rest with copies."""
         self.tile = max([(s.o * s.t) ** 2 for s, ghost in zip(shapes, self.ghosts) if ghost], default=1)
 
     def _shapes(self, x: Tensor) -> list[Shape]:
-        shapes = []
-        for feature in self._layer_features(x[:1].detach()):
-            (_, g, t, i), (_, o, *_, z) = feature.inputs.shape, feature.derivatives.shape
-            module, embeds = feature.layer.module, not feature.inputs.is_floating_point()
-            shapes.append(Shape(o, g, t, i, z, module.num_embeddings if embeds else i))  # pyright: ignore[reportArgumentType]
-        return shapes
+        return [feature_shape(feature) for feature in self._layer_features(x[:1].detach())]
 
-    def _layer_features(self, x: Tensor):
-        for layer, a, d in layer_features(self.call, self.layers, self.params, x, self.output):
+    def _layer_features(self, x: Tensor) -> Iterator[LayerFeatures]:
+        for layer, a, d in layer_features(self.lin, self.found, x, self.output):
             yield LayerFeatures(layer, a, stacked(d) if self.trace else d)
 
     def __call__(self, x: Float[Tensor, "n ..."] | Shaped[Tensor, "n ..."], size: int) -> Features:
         """The features of x (n, ...), made of `size` examples at a time."""
         n = len(x)
-        empty = next(iter(self.params.values())).new_empty
+        empty = next(iter(self.lin.params.values())).new_empty
         rows = [empty(n, self.outputs, columns) for columns in self.columns]
         factors: list[Factors] = []
         for start in range(0, n, size):
@@ -158,9 +164,11 @@ class FeatureMaker:
                 if start == 0:
                     factors.append(Factors(*(v.new_empty(n, *v.shape[1:]) for v in feature[1:])))
                 inputs, derivatives = next(kept)
+                if inputs.shape[1:] != feature.inputs.shape[1:]:  # as many calls as the values ask for
+                    raise BrokenRule
                 inputs[here], derivatives[here] = feature[1:]
-            if self.rest:
-                gradients = jacobian_rows(self.call, self.rest, self.params, part, self.output)
+            if self.found.rest:
+                gradients = jacobian_rows(self.lin, self.found.rest, part, self.output)
                 next(made)[here] = gradients.reshape(len(part), self.outputs, -1)
         return Features(factors, rows)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ntkbook.checks import outside_inference_mode
 from ntkbook.gram import FeatureMaker, Features
-from ntkbook.linearize import Linearization, _differentiable
+from ntkbook.linearize import Linearization, _differentiable, by_rules
 from ntkbook.memory import working_memory
 
 SMALL = 2**14
@@ -155,17 +155,20 @@ def _blocks(
     if _differentiable(x1, other):
         left = lin._differentiable_features(x1, output, False)
         return _products(left, left if x2 is None else lin._differentiable_features(other, output, False), b)
-    budget = lin._budget(None)
-    maker = FeatureMaker(lin.net, lin._call, lin.params, x1[:n], other[:m], lin.num_outputs(x1), saved, output)
-    size = lin._pass_size(max(len(x1), len(other)), maker.work, budget)
-    each = (n + m) * maker.kept + 3 * n * m * maker.tile * lin.dtype.itemsize
-    at_once = max(1, (budget - size * maker.work) // each)
-    found = []
-    with torch.no_grad():
+    budget, outputs = lin._budget(None), lin.num_outputs(x1)
+
+    def products(rules: bool) -> Tensor:
+        maker = FeatureMaker(lin, x1[:n], other[:m], outputs, saved, output, rules=rules)
+        size = lin._pass_size(max(len(x1), len(other)), maker.work, budget)
+        each = (n + m) * maker.kept + 3 * n * m * maker.tile * lin.dtype.itemsize
+        at_once = max(1, (budget - size * maker.work) // each)
+        found = []
         for one, two in zip(x1.split(at_once * n), other.split(at_once * m)):
             left = maker(one, size)
             found.append(_products(left, left if x2 is None else maker(two, size), len(one) // n))
-    return torch.cat(found)
+        return torch.cat(found)
+
+    return by_rules(products)
 
 
 def _products(left: Features, right: Features, b: int) -> Float[Tensor, "b no mo"]:

@@ -10,45 +10,19 @@ number a channel, an embedding's inputs are unit vectors. A bias is one more col
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
-from torch.func import jacrev, vmap
 
-from ntkbook.checks import CALLING, explained
-
-Call = Callable[[Mapping[str, Tensor], Tensor], Float[Tensor, "n o"]]
-DIMENSIONS: Mapping[type[nn.Module], tuple[int, ...]] = {
-    nn.Linear: tuple(range(2, 9)),
-    nn.Conv1d: (3,),
-    nn.Conv2d: (4,),
-    nn.BatchNorm1d: (2, 3),
-    nn.BatchNorm2d: (4,),
-    nn.GroupNorm: tuple(range(2, 9)),
-    nn.LayerNorm: tuple(range(2, 9)),
-    nn.Embedding: tuple(range(1, 9)),
-}
-"""The modules with a rule, and how many dimensions their inputs may have, the batch's among them."""
-
-
-class Layer(NamedTuple):
-    """A module with a rule, its name in the network, and which of its parameters go by the rule."""
-
-    module: nn.Module
-    name: str
-    weight: bool
-    bias: bool
-
-    @property
-    def parameters(self) -> list[str]:
-        """Their names in the network."""
-        kinds = [kind for kind, used in (("weight", self.weight), ("bias", self.bias)) if used]
-        return [f"{self.name}.{kind}" if self.name else kind for kind in kinds]
+from ntkbook.checks import explained
+from ntkbook.finding import BrokenRule, Found, Layer, Seen, run
+from ntkbook.functional import FunctionalNetwork
+from ntkbook.gradients import Directions, agree, quiet, random, units
 
 
 class LayerFeatures(NamedTuple):
@@ -62,128 +36,72 @@ class LayerFeatures(NamedTuple):
     derivatives: Float[Tensor, "n o g t z"]
 
 
-def find_layers(
-    net: nn.Module, call: Call, params: Mapping[str, Tensor], example: Tensor
-) -> tuple[list[Layer], list[str]]:
-    """The layers whose rules hold, each for its weight, its bias or both, and the names of parameters without a rule.
-
-    A rule holds for a parameter that enters the outputs through plain calls of its own module and in no other way: read
-    off the autograd graph of `call`, from which those calls' parameters are cut. A plain call is on one input with the
-    batch's examples in their order, which nothing overwrites. All is looked at twice, for the example (1, ...) alone
-    and beside itself: an input that does not depend on the batch has as many rows as one of the two, not as both.
-    Parameters that the outputs do not depend on are in neither list.
-    """
-    layers = []
-    for name, module in net.named_modules():
-        weight, bias = (f"{name}.{kind}".lstrip(".") in params for kind in ("weight", "bias"))
-        with CALLING:  # hooks of another thread's call would count for the user's
-            if (weight or bias) and _has_rule(module):
-                layers.append(Layer(module, name, weight, bias))
-    rest: set[str] = set()
-    called: set[int] = set()
-    for x in (example, torch.cat([example] * 2)):
-        read, odd, called = _look(call, params, layers, x)
-        rest |= read.union(*(layer.parameters for layer in layers if id(layer.module) in odd))
-        layers = [layer for layer in layers if id(layer.module) not in odd]
-    layers = [
-        layer._replace(
-            weight=layer.weight and layer.parameters[0] not in rest,
-            bias=layer.bias and layer.parameters[-1] not in rest,
-        )
-        for layer in layers
-        if id(layer.module) in called
-    ]
-    return [layer for layer in layers if layer.parameters], [name for name in params if name in rest]
-
-
-def _look(
-    call: Call, params: Mapping[str, Tensor], layers: list[Layer], x: Tensor
-) -> tuple[set[str], set[int], set[int]]:
-    """On x (n, ...): the parameters that the outputs read beside the layers' own calls; of the layers' modules, those
-    that are called in another way than their rules are for; and those that are called."""
-    own = {id(layer.module): [name.rpartition(".")[2] for name in layer.parameters] for layer in layers}
-    hidden: dict[str, Tensor] = {}
-    calls: list[tuple[int, Tensor, int, Tensor]] = []
-    odd: set[int] = set()
-
-    def cut(module: nn.Module, args: tuple) -> None:
-        for kind in own[id(module)]:
-            hidden[kind] = module._parameters[kind]  # pyright: ignore[reportArgumentType]
-            module._parameters[kind] = hidden[kind].detach()  # pyright: ignore[reportArgumentType]
-
-    def note(module: nn.Module, args: tuple, z: Tensor) -> Tensor:
-        for kind in own[id(module)]:
-            module._parameters[kind] = hidden[kind]  # pyright: ignore[reportArgumentType]
-        a = args[0] if len(args) == 1 else z.new_zeros(())
-        if a.ndim not in DIMENSIONS[type(module)] or not len(a) == len(z) == len(x) or z.dtype != dtype:
-            odd.add(id(module))
-        shift = torch.zeros_like(z, requires_grad=True)
-        calls.append((id(module), a, a._version, shift))
-        return z + shift
-
-    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
-    dtype = next(iter(leaves.values())).dtype
-    modules = [layer.module for layer in layers]
-    with explained("gram"), torch.enable_grad():
-        with _hooks(modules, note, cut):
-            outputs = call(leaves, x)
-        if calls and outputs.requires_grad:  # the first example depends on the first row of a plain call alone
-            weights = torch.arange(1, outputs.shape[1] + 1, dtype=outputs.dtype, device=outputs.device).cos()
-            shifts = [shift for *_, shift in calls]
-            derivatives = torch.autograd.grad((outputs[0] * weights).sum(), shifts, allow_unused=True)
-            odd.update(call[0] for call, d in zip(calls, derivatives) if d is not None and d.ndim and d[1:].any())
-    odd.update(module for module, a, version, _ in calls if a._version != version)
-    read = _leaves(outputs)
-    return {name for name in leaves if id(leaves[name]) in read}, odd, {module for module, *_ in calls}
-
-
 def layer_features(
-    call: Call,
-    layers: list[Layer],
-    params: Mapping[str, Tensor],
-    x: Tensor,
+    lin: FunctionalNetwork,
+    found: Found,
+    x: Shaped[Tensor, "n ..."],
     output: int | None = None,
-    directions: Callable[[Float[Tensor, "n o"]], Float[Tensor, "k n o"]] | None = None,
+    directions: Directions | None = None,
 ) -> Iterator[LayerFeatures]:
-    """Run the network on x (n, ...) and give each layer's inputs and derivatives, of all outputs or of one.
+    """Run the network on x and give the found layers' inputs and derivatives, of all outputs or of one.
 
     With `directions`, a function of the outputs f, the derivatives are those of the k products of f with its value.
     Differentiable in x if x requires a gradient and the layers are Linear.
+
+    Raises:
+        BrokenRule: a rule that held where the layers were found does not hold on x, as the network depends on values.
     """
-    differentiable = x.requires_grad and torch.is_grad_enabled()
-    inputs: dict[int, list[Tensor]] = {id(layer.module): [] for layer in layers}
-    shifts: dict[int, list[Tensor]] = {id(layer.module): [] for layer in layers}
-
-    def tap(module: nn.Module, args: tuple, z: Tensor) -> Tensor:
-        # df/dz is the derivative by a shift of z by zero: right also where an in-place activation overwrites z.
-        a, shift = args[0] if differentiable else args[0].detach(), z.new_zeros(()).expand(z.shape).requires_grad_()
-        inputs[id(module)].append(_normalised(module, a))  # now, while its running statistics are the given ones
-        shifts[id(module)].append(shift)
-        padding = module.padding_idx if isinstance(module, nn.Embedding) else None
-        return z + (shift if padding is None else shift * (a != padding)[..., None])
-
-    with explained("gram"), torch.enable_grad(), _hooks([layer.module for layer in layers], tap):
-        f = call(params, x)
-        basis = directions(f.detach()) if directions else _units(f, output)
-        k = len(basis)
-        wanted = [shift for layer in layers for shift in shifts[id(layer.module)]]
-        batched = differentiable or all(isinstance(layer.module, nn.Linear) for layer in layers)
-        if f.requires_grad:
-            derivatives = _all_at_once(f, wanted, basis, differentiable) if batched else _one_by_one(f, wanted, basis)
-        else:
-            derivatives = [z.new_zeros(len(z), k, *z.shape[1:]) for z in wanted]
-    del f
+    layers, rest = found
+    if len(rest) == len(lin.params):
+        return
+    with explained("gram"), torch.enable_grad():
+        outputs, calls, odd, read = run(lin, layers, x)
+        own: dict[int, list[Seen]] = {id(layer.module): [] for layer in layers}
+        for call in calls:
+            own[id(call.module)].append(call)
+        if odd or not read <= set(rest) or not all(own.values()):
+            raise BrokenRule
+        basis = directions(outputs.detach()) if directions else units(outputs, output)
+        wanted = [call.shift for layer in layers for call in own[id(layer.module)]]
+        derivatives = _derivatives(outputs, wanted, basis, layers, x.requires_grad)
+    del outputs, calls, wanted
     derivatives.reverse()  # from the end, to let go of each when its layer is done
     for layer in layers:
-        module = layer.module
-        parts = []
-        for _ in shifts.pop(id(module)):
-            parts.append(_derivatives(module, derivatives.pop()))
-        d, calls = _joined(parts, 3), inputs.pop(id(module))
+        module, inputs = layer.module, [call.input for call in own.pop(id(layer.module))]
+        d = _joined([_in_groups(module, derivatives.pop()) for _ in inputs], 3)
         if layer.weight:
-            yield LayerFeatures(layer, _joined([_inputs(module, a, layer.bias) for a in calls], 2), d)
+            yield LayerFeatures(layer, _joined([_inputs(module, a, layer.bias) for a in inputs], 2), d)
         else:  # the bias alone: one position, whose derivative is the sum
             yield LayerFeatures(layer, d.new_ones(len(d), 1, 1, 1), d.sum(3).flatten(2)[:, :, None, None])
+
+
+def _derivatives(
+    f: Tensor, wanted: list[Tensor], basis: Float[Tensor, "k n o"], layers: list[Layer], differentiable: bool
+) -> list[Float[Tensor, "n k *z"]]:
+    """Those of the k products of f with the basis in what is wanted, (n, *z) each.
+
+    With one more pass, for random products: a row that is not its example's has another factor in it than its own.
+    """
+    if not wanted or not f.requires_grad:
+        return [z.new_zeros(len(z), len(basis), *z.shape[1:]) for z in wanted]
+    one, two = random(basis[:, 0, 0]), random(basis[0, :, 0])
+    u = torch.einsum("k,kno->no", one, basis) * two[:, None]
+    mixed = torch.autograd.grad(f, wanted, u, retain_graph=True, materialize_grads=True) if u.numel() > 1 else None
+    batched = differentiable or all(isinstance(layer.module, nn.Linear) for layer in layers)
+    found = _all_at_once(f, wanted, basis, differentiable) if batched else _one_by_one(f, wanted, basis)
+    if mixed is None:  # one row, alone
+        return found
+    with torch.no_grad():  # a number an example and product is enough to compare
+        some = [random(d[0, 0].flatten()) for d in found]
+        expected = [two * (_times(d, r) @ one) for d, r in zip(found, some)]
+        if not agree(expected, [d.flatten(1) @ r for d, r in zip(mixed, some)], torch.inf):
+            raise BrokenRule
+    return found
+
+
+def _times(d: Float[Tensor, "n k *z"], r: Float[Tensor, " _"]) -> Float[Tensor, "n k"]:
+    """d · r for flat r, without a copy of d."""
+    return d.flatten(2) @ r if d.is_contiguous() else (d.transpose(0, 1).flatten(2) @ r).T
 
 
 def _all_at_once(
@@ -192,7 +110,8 @@ def _all_at_once(
     """The derivatives of the k products of f with the basis in what is wanted, (n, *z) each, by one pass backward."""
     k = len(basis)
     options = {"is_grads_batched": k > 1, "create_graph": differentiable, "allow_unused": True}
-    found = torch.autograd.grad(f, wanted, basis if k > 1 else basis[0], **options)
+    with quiet() if k > 1 else nullcontext():
+        found = torch.autograd.grad(f, wanted, basis if k > 1 else basis[0], **options)
     return [
         (z.new_zeros(k, *z.shape) if d is None else d.reshape(k, *z.shape)).transpose(0, 1)
         for z, d in zip(wanted, found)
@@ -227,41 +146,7 @@ def gradient_rows(feature: LayerFeatures, out: Float[Tensor, "n o _"] | None = N
     return rows if out is None else out.view(rows.shape).copy_(rows)
 
 
-def jacobian_rows(
-    call: Call, params: Mapping[str, Tensor], constants: Mapping[str, Tensor], x: Tensor, output: int | None = None
-) -> Float[Tensor, "n o p"]:
-    """Jacobians in `params` of any network, at the other parameters `constants`, by torch.func."""
-    select = slice(None) if output is None else slice(output, output + 1)
-
-    def rows(example: Tensor) -> Tensor:
-        parts = jacrev(lambda p: call({**constants, **p}, example[None])[0, select])(dict(params))
-        return torch.cat([part.reshape(len(part), -1) for part in parts.values()], dim=1)
-
-    with explained("jacobian"), torch.no_grad():
-        return vmap(rows)(x)
-
-
 # ------------------------------------------------------------------ the modules with a rule
-
-
-def _has_rule(module: nn.Module) -> bool:
-    touched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    odd = isinstance(module, nn.Embedding) and (
-        module.max_norm is not None or module.scale_grad_by_freq or module.sparse
-    )
-    return type(module) in DIMENSIONS and not touched and not odd
-
-
-def _normalised(module: nn.Module, a: Tensor) -> Tensor:
-    """What a normalisation multiplies its weight with; other modules' inputs as they are."""
-    with torch.no_grad():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            return F.batch_norm(a, module.running_mean, module.running_var, eps=module.eps)
-        if isinstance(module, nn.GroupNorm):
-            return F.group_norm(a, module.num_groups, eps=module.eps)
-        if isinstance(module, nn.LayerNorm):
-            return F.layer_norm(a, module.normalized_shape, eps=module.eps)
-    return a
 
 
 def _inputs(module: nn.Module, a: Tensor, bias: bool) -> Shaped[Tensor, "n g t i"]:
@@ -295,7 +180,7 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
-def _derivatives(module: nn.Module, d: Float[Tensor, "n o *z"]) -> Float[Tensor, "n o g t z"]:
+def _in_groups(module: nn.Module, d: Float[Tensor, "n o *z"]) -> Float[Tensor, "n o g t z"]:
     n, o, *_ = d.shape
     if isinstance(module, nn.Linear | nn.Embedding):
         return d.reshape(n, o, 1, -1, d.shape[-1])
@@ -304,37 +189,3 @@ def _derivatives(module: nn.Module, d: Float[Tensor, "n o *z"]) -> Float[Tensor,
     if isinstance(module, nn.LayerNorm):
         return d.reshape(n, o, -1, math.prod(module.normalized_shape)).mT[..., None]
     return d.reshape(n, o, d.shape[2], -1, 1)
-
-
-# ------------------------------------------------------------------ hooks and graphs
-
-
-def _units(f: Float[Tensor, "n o"], output: int | None) -> Float[Tensor, "k n o"]:
-    """Every output alone, or one."""
-    units = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)[:, None].expand(-1, len(f), -1)
-    return units if output is None else units[output, None]
-
-
-@contextmanager
-def _hooks(modules: list[nn.Module], after: Callable, before: Callable | None = None) -> Iterator[None]:
-    handles = [module.register_forward_hook(after) for module in modules]
-    handles += [module.register_forward_pre_hook(before) for module in modules if before is not None]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _leaves(outputs: Tensor) -> set[int]:
-    """The ids of the leaves in the graph of `outputs`."""
-    leaves: set[int] = set()
-    seen, stack = set(), [outputs.grad_fn] if outputs.grad_fn is not None else []
-    while stack:
-        for parent, _ in stack.pop().next_functions:
-            if parent is None or parent in seen:
-                continue
-            seen.add(parent)
-            stack.append(parent)
-            leaves.add(id(getattr(parent, "variable", None)))
-    return leaves

@@ -1,6 +1,7 @@
 """A network linearised at its parameters: products with its Jacobian, and the finite neural tangent kernel."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -8,14 +9,14 @@ from jaxtyping import Float
 from linear_operator import LinearOperator
 from torch import Tensor, nn
 from torch.func import jvp as func_jvp
-from torch.func import vjp as func_vjp
-from torch.func import vmap
 
 from ntkbook.blocks import LayerBlocks
 from ntkbook.checks import explained, outside_inference_mode, place, require_double, require_one_derivative
+from ntkbook.finding import BrokenRule, find_layers
 from ntkbook.functional import FunctionalNetwork
+from ntkbook.gradients import differentiable_rows, gradient, in_columns, jacobian_rows, leaves_of
 from ntkbook.gram import Factors, FeatureMaker, Features, differentiable_gram, gram, gram_diagonal, stacked
-from ntkbook.layers import find_layers, jacobian_rows, layer_features
+from ntkbook.layers import layer_features
 from ntkbook.memory import require_memory, total_memory, working_memory
 
 
@@ -60,7 +61,7 @@ class Linearization(FunctionalNetwork):
             raise ValueError(f"dtype: expected real numbers, such as torch.float64 or torch.float32, got {dtype}.")
         require_double(device or self.device, dtype or self.dtype)
         other = object.__new__(Linearization)
-        vars(other).update(vars(self))
+        vars(other).update(vars(self), _way=0, _vectorises={})
         for field in ("params", "constants"):
             values = getattr(self, field).items()
             moved = {k: v.to(device=device, dtype=dtype if v.is_floating_point() else None) for k, v in values}
@@ -88,21 +89,17 @@ class Linearization(FunctionalNetwork):
         o, memory = self._inspect(x)
         if _differentiable(x):
             return (self.jacobian(x) @ v).view(len(x), -1, *v.shape[1:])
-        self._require_one_derivative(x[:1])
+        push = self._forward(x[:1], _differentiable(v))
         k = v.shape[1:].numel()
         if (rule := self._block_rule(x, o, memory, v, k)) is not None:
-            return rule.jvp(x, v, self._pass_size(len(x), rule.work, self._budget(None)))
+            with suppress(BrokenRule):
+                return rule.jvp(x, v, self._pass_size(len(x), rule.work, self._budget(None)))
         columns = v.reshape(len(v), -1).T.contiguous()
-        size = self._size(len(x), memory * min(k, 64))
-        blocks = []
+        size = self._size(len(x), memory * min(k, 64) * (1 if self._one_derivative else 3))
         with explained("jvp"), torch.set_grad_enabled(_differentiable(v)):
-            for part in x.split(size):
-                if k == 1:
-                    blocks.append(self._directional(part, columns[0])[..., None])
-                else:
-                    blocks.append(vmap(partial(self._directional, part), out_dims=-1, chunk_size=64)(columns))
-        product = torch.cat(blocks)
-        return product[..., 0] if v.ndim == 1 else product
+            blocks = [in_columns(self, ("jvp", part.shape), push(part), columns, 64) for part in x.split(size)]
+        product = torch.cat(blocks, dim=1)
+        return product[0] if v.ndim == 1 else product.movedim(0, -1)
 
     @outside_inference_mode
     def vjp(self, x: Tensor, u: Tensor) -> Float[Tensor, " p"] | Float[Tensor, "p k"]:
@@ -120,18 +117,15 @@ class Linearization(FunctionalNetwork):
             return self.jacobian(x).T @ u.flatten(0, 1)
         k = u.shape[2:].numel()
         if (rule := self._block_rule(x, o, memory, u, k)) is not None:
-            return rule.vjp(x, u, self._pass_size(len(x), rule.work, self._budget(None)))
+            with suppress(BrokenRule):
+                return rule.vjp(x, u, self._pass_size(len(x), rule.work, self._budget(None)))
         size = self._size(len(x), memory * min(k, 64))
         columns = max(1, min(k, 64, working_memory(x.device) // (2 * self.num_params * u.element_size())))
         total = u.new_zeros(k, self.num_params)
         with explained("vjp"), torch.set_grad_enabled(_differentiable(u)):
             for part, weights in zip(x.split(size), u.reshape(len(x), o, k).split(size)):
-                pull = func_vjp(lambda p, part=part: self._call(p, part), self.params)[1]
-                back = lambda w, pull=pull: self.flatten(pull(w)[0])  # noqa: E731
-                if k == 1:
-                    total = total + back(weights[..., 0])
-                else:
-                    total = total + vmap(back, in_dims=-1, chunk_size=columns)(weights)
+                back = self._pull(part, _differentiable(u))
+                total = total + in_columns(self, ("vjp", part.shape), back, weights.movedim(-1, 0), columns)
         return total[0] if u.ndim == 2 else total.T
 
     @outside_inference_mode
@@ -188,12 +182,15 @@ class Linearization(FunctionalNetwork):
             right = left if x2 is None else self._differentiable_features(x2, output, trace)
             return differentiable_gram(left, right)
         memory = self._budget(memory)
-        maker = FeatureMaker(self.net, self._call, self.params, x, x if x2 is None else x2, o, saved, output, trace)
-        size = self._pass_size(max(shape) // per, maker.work, memory)
-        out = x.new_zeros(shape, dtype=self.dtype)
-        with torch.no_grad():
-            gram(maker, x, x2, out, size, memory - size * maker.work)
-        return out
+        out = x.new_empty(shape, dtype=self.dtype)
+
+        def write(rules: bool) -> Tensor:
+            maker = FeatureMaker(self, x, x if x2 is None else x2, o, saved, output, trace, rules)
+            size = self._pass_size(max(shape) // per, maker.work, memory)
+            gram(maker, x, x2, out.zero_(), size, memory - size * maker.work)
+            return out
+
+        return by_rules(write)
 
     @outside_inference_mode
     def diagonal(self, x: Tensor, *, output: int | None = None, memory: int | None = None) -> Float[Tensor, " rows"]:
@@ -205,10 +202,14 @@ class Linearization(FunctionalNetwork):
         output = self._index(output, o)
         if _differentiable(x):
             return gram_diagonal(self._differentiable_features(x, output, False)).reshape(-1)
-        maker = FeatureMaker(self.net, self._call, self.params, x, None, o, saved, output)
-        size = self._pass_size(len(x), maker.work + 2 * maker.kept, self._budget(memory))
-        with torch.no_grad():
+        memory = self._budget(memory)
+
+        def squares(rules: bool) -> Tensor:
+            maker = FeatureMaker(self, x, None, o, saved, output, rules=rules)
+            size = self._pass_size(len(x), maker.work + 2 * maker.kept, memory)
             return torch.cat([gram_diagonal(maker(part, size)) for part in x.split(size)]).reshape(-1)
+
+        return by_rules(squares)
 
     def operator(self, x: Tensor, x2: Tensor | None = None, *, method: str = "auto") -> LinearOperator:
         """J(x) J(x2)ᵀ, (n·o, m·o), as a `linear_operator.LinearOperator`: formed for products if that pays.
@@ -227,6 +228,37 @@ class Linearization(FunctionalNetwork):
     def _directional(self, x: Tensor, v: Float[Tensor, " p"]) -> Float[Tensor, "n o"]:
         return func_jvp(lambda p: self._call(p, x), (self.params,), (self.unflatten(v),))[1]
 
+    def _pull(self, x: Tensor, create_graph: bool = False) -> Callable[[Float[Tensor, "n o"]], Float[Tensor, " p"]]:
+        """u -> J(x)ᵀ u, by one run of the network."""
+        with torch.enable_grad():
+            leaves = leaves_of(self.params)
+            f = self._call(leaves, x)
+        return lambda u: self.flatten(gradient(f, leaves, u, create_graph))
+
+    def _transposed(self, create_graph: bool, x: Tensor) -> Callable[[Float[Tensor, " p"]], Float[Tensor, "n o"]]:
+        """v -> J(x) v, as the derivative of the linear map u -> J(x)ᵀ u."""
+        with torch.enable_grad():
+            u = self._call(self.params, x).detach().zero_().requires_grad_()
+            back = self._pull(x, create_graph=True)(u)
+        if not back.requires_grad:
+            return lambda v: torch.zeros_like(u)
+        options = {"retain_graph": True, "create_graph": create_graph, "materialize_grads": True}
+        return lambda v: torch.autograd.grad(back, u, v, **options)[0]
+
+    def _forward(
+        self, example: Tensor, create_graph: bool
+    ) -> Callable[[Tensor], Callable[[Float[Tensor, " p"]], Float[Tensor, "n o"]]]:
+        """x -> (v -> J(x) v), by forward mode; by `_transposed` where an operation has none, as seen on one example."""
+        try:
+            self._require_one_derivative(example)
+        except NotImplementedError as error:
+            if error.__cause__ is not None:  # and not that the two modes differ
+                with suppress(RuntimeError):
+                    self._transposed(False, example)(self.flatten(self.params))
+                    return partial(self._transposed, create_graph)
+            raise
+        return lambda x: partial(self._directional, x)
+
     def _block_rule(self, x: Tensor, o: int, memory: int, block: Tensor, k: int) -> LayerBlocks | None:
         """The layers' rule for products with k vectors, if that is the cheaper way and no gradient is wanted."""
         rule = None if k == 1 or _differentiable(block) else LayerBlocks(self, x, o, memory)
@@ -235,43 +267,27 @@ class Linearization(FunctionalNetwork):
     def _require_one_derivative(self, example: Tensor) -> None:
         """Once, on one example (1, ...)."""
         if not self._one_derivative:
-            back = lambda u: self.flatten(func_vjp(lambda p: self._call(p, example), self.params)[1](u)[0])  # noqa: E731
             v = torch.arange(self.num_params, dtype=self.dtype, device=self.device).cos()
             with explained("jvp"), torch.no_grad():
-                require_one_derivative(partial(self._directional, example), back, v)
+                require_one_derivative(partial(self._directional, example), self._pull(example), v)
             self._one_derivative = True
 
     def _jacobian_chunk(self, x: Tensor, output: int | None = None) -> Float[Tensor, "n o p"]:
-        if not _differentiable(x):
-            return jacobian_rows(self._call, self.params, {}, x, output)
-        select = slice(None) if output is None else slice(output, output + 1)
-        return torch.stack([self._differentiable_rows(example, select) for example in x.split(1)])
+        return (
+            differentiable_rows(self, x, output) if _differentiable(x) else jacobian_rows(self, self.params, x, output)
+        )
 
     def _differentiable_features(self, x: Tensor, output: int | None, trace: bool) -> Features:
         """Those of Linear layers on vectors, or else rows: batched second derivatives of norms are wrong."""
-        layers, rest = find_layers(self.net, self._call, self.params, x[:1].detach())
-        if layers and not rest and all(isinstance(layer.module, nn.Linear) for layer in layers):
-            found = list(layer_features(self._call, layers, self.params, x, output))
-            if all(feature.inputs.shape[2] == 1 for feature in found):
-                factors = [Factors(a, stacked(d) if trace else d) for _, a, d in found]
-                return Features(factors, [x.new_zeros(len(x), factors[0].derivatives.shape[1], 0)])
+        found = find_layers(self, x[:1])
+        if found.layers and not found.rest and all(isinstance(layer.module, nn.Linear) for layer in found.layers):
+            with suppress(BrokenRule):
+                features = list(layer_features(self, found, x, output))
+                if all(feature.inputs.shape[2] == 1 for feature in features):
+                    factors = [Factors(a, stacked(d) if trace else d) for _, a, d in features]
+                    return Features(factors, [x.new_zeros(len(x), factors[0].derivatives.shape[1], 0)])
         rows = self._jacobian_chunk(x, output)
         return Features([], [rows.flatten(1)[:, None] if trace else rows])
-
-    def _differentiable_rows(self, example: Tensor, select: slice) -> Float[Tensor, "o p"]:
-        """One example's Jacobian, differentiable in it, by plain autograd, an output at a time.
-
-        Not by torch.func, whose second derivatives of operations with several outputs, such as layer_norm and
-        group_norm, are wrong without a word (torch 2.15, against finite differences), nor by batched gradients, which
-        fail there (torch 2.11).
-        """
-        leaves = {name: value.detach().requires_grad_() for name, value in self.params.items()}
-        f = self._call(leaves, example)[0, select]
-        if not f.requires_grad:
-            return f.new_zeros(len(f), self.num_params)
-        wanted = list(leaves.values())
-        rows = (torch.autograd.grad(one, wanted, create_graph=True, materialize_grads=True) for one in f)
-        return torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
 
     def _jacobian_bytes(self, o: int, memory: int) -> int:
         """Working memory of one example's Jacobian: the rows, torch's own copy of them, and o backward passes."""
@@ -302,3 +318,12 @@ class Linearization(FunctionalNetwork):
 
 def _differentiable(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def by_rules(make: Callable[[bool], Tensor]) -> Tensor:
+    """A result by the layers' rules, or without them where they turn out not to hold."""
+    with torch.no_grad():
+        try:
+            return make(True)
+        except BrokenRule:
+            return make(False)

@@ -24,8 +24,8 @@ from linear_operator import LinearOperator
 from linear_operator.operators import RootLinearOperator
 from torch import Tensor
 
-from ntkbook.checks import explained
 from ntkbook.choice import KeptGram
+from ntkbook.gradients import input_gradient
 from ntkbook.lazy import Index, MatrixFree, eye, vectors_that_fit
 from ntkbook.linearize import Linearization
 
@@ -309,29 +309,11 @@ class GaussNewtonOperator(_InputsOperator):
 def _input_gradient(
     lin: Linearization, x: Tensor, u: Float[Tensor, "no k"], v: Float[Tensor, "p k"]
 ) -> Float[Tensor, "n ..."] | None:
-    """The gradient of Σₖ uₖᵀ J(x) vₖ in x, or None where x requires none.
-
-    By plain autograd, a vector at a time: torch.func's second derivatives are wrong for some operations (see
-    `Linearization._differentiable_rows`), and nothing of n·p is held this way.
-    """
+    """The gradient of Σₖ uₖᵀ J(x) vₖ in x, or None where x requires none."""
     if not x.requires_grad:
         return None
     o, memory = lin._inspect(x)
-    size = lin._size(len(x), 3 * memory)
-    gradients = []
-    for part, weights in zip(x.split(size), u.unflatten(0, (len(x), o)).split(size)):
-        part = part.detach().requires_grad_()
-        leaves = {name: value.detach().requires_grad_() for name, value in lin.params.items()}
-        gradient = torch.zeros_like(part)
-        with explained("backward"), torch.enable_grad():
-            f = lin._call(leaves, part)
-            for one, direction in zip(weights.unbind(-1), v.T) if f.requires_grad else ():
-                back = torch.autograd.grad(f, list(leaves.values()), one, create_graph=True, materialize_grads=True)
-                value = (torch.cat([entry.reshape(-1) for entry in back]) * direction).sum()
-                if value.requires_grad:
-                    gradient += torch.autograd.grad(value, part, retain_graph=True, materialize_grads=True)[0]
-        gradients.append(gradient)
-    return torch.cat(gradients)
+    return input_gradient(lin, x, u.unflatten(0, (len(x), o)), v, lin._size(len(x), 3 * memory))
 
 
 def _examples(rows: Index, o: int) -> tuple[Index, Index]:

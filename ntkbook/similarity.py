@@ -15,15 +15,17 @@ from itertools import chain, product
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import grad, vjp, vmap
+from torch.func import grad
 
-from ntkbook.checks import explained, outside_inference_mode
-from ntkbook.layers import Layer, LayerFeatures, find_layers, gradient_rows, layer_features
+from ntkbook.checks import outside_inference_mode
+from ntkbook.finding import BrokenRule, Found, find_layers
+from ntkbook.gradients import Directions, example_gradients, units
+from ntkbook.layers import LayerFeatures, gradient_rows, layer_features
 from ntkbook.likelihoods import Likelihood, get_likelihood
 from ntkbook.linearize import Linearization
 from ntkbook.memory import require_memory, working_memory
 
-Directions = Callable[[Float[Tensor, "n o"], Tensor | None], Float[Tensor, "r n o"]]
+LabelledDirections = Callable[[Float[Tensor, "n o"], Tensor | None], Float[Tensor, "r n o"]]
 
 
 def fisher_diagonal(
@@ -94,11 +96,7 @@ def jacobian_diagonal(
 
     Arguments, result and errors as for `fisher_diagonal`.
     """
-
-    def units(f: Tensor, _: Tensor | None) -> Tensor:
-        return torch.eye(f.shape[1], dtype=f.dtype, device=f.device)[:, None].expand(-1, len(f), -1)
-
-    return _mean_squares(_linearised(net), x, None, units, None, chunk_size)
+    return _mean_squares(_linearised(net), x, None, lambda f, _: units(f), None, chunk_size)
 
 
 def cosine_similarity(a: Float[Tensor, " p"], b: Float[Tensor, " p"]) -> float:
@@ -166,7 +164,7 @@ def _mean_squares(
     lin: Linearization,
     x: Tensor,
     y: Tensor | None,
-    directions: Directions,
+    directions: LabelledDirections,
     rows: int | None,
     chunk_size: int | None,
 ) -> Float[Tensor, " p"]:
@@ -174,55 +172,52 @@ def _mean_squares(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected a positive number of examples, got {chunk_size}.")
     o, memory = lin._inspect(x)
-    layers, rest = find_layers(lin.net, lin._call, lin.params, x[:1].detach())
-    totals = {name: torch.zeros_like(value, dtype=torch.double) for name, value in lin.params.items()}
-    rows = o if rows is None else rows
-    fixed, each = _bytes(lin, layers, rest, x, rows * o, memory)
-    require_memory(
-        fixed + each, x.device, f"One gradient of {lin.num_params:,} parameters", "Linearise in fewer: params=[...]."
-    )
-    budget = working_memory(x.device)
-    # On a CPU, a quarter of the memory at a time stays nearer the caches: LeNet3 took half the time.
-    share = budget // 4 if x.device.type == "cpu" else budget
-    size = min(len(x), chunk_size or lin.chunk_size or max(1, share // (fixed + rows * each)))
-    columns = max(1, min(rows, (budget // size - fixed) // each))  # directions at a time, where not all of them fit
-    with torch.no_grad():
+    x, rows = x.detach(), o if rows is None else rows
+
+    def summed(found: Found) -> dict[str, Tensor]:
+        totals = {name: torch.zeros_like(value, dtype=torch.double) for name, value in lin.params.items()}
+        fixed, each = _bytes(lin, found, x, rows * o, memory)
+        what = f"One gradient of {lin.num_params:,} parameters"
+        require_memory(fixed + each, x.device, what, "Linearise in fewer: params=[...].")
+        budget = working_memory(x.device)
+        # On a CPU, a quarter of the memory at a time stays nearer the caches: LeNet3 took half the time.
+        share = budget // 4 if x.device.type == "cpu" else budget
+        size = min(len(x), chunk_size or lin.chunk_size or max(1, share // (fixed + rows * each)))
+        columns = max(1, min(rows, (budget // size - fixed) // each))  # directions at a time, where not all fit
         for start, first in product(range(0, len(x), size), range(0, rows, columns)):
-            part = x[start : start + size].detach()
+            part = x[start : start + size]
             targets = None if y is None else y[start : start + size]
             block = partial(_block, directions, targets, slice(first, first + columns))
-            examples = _by_examples(lin, rest, part, block) if rest else ()
-            for name, square in chain(_by_layers(lin, layers, part, block), examples):
+            examples = _by_examples(lin, found.rest, part, block) if found.rest else ()
+            for name, square in chain(_by_layers(lin, found, part, block), examples):
                 totals[name] += square.view_as(totals[name])
+        return totals
+
+    with torch.no_grad():
+        try:
+            totals = summed(find_layers(lin, x[:1]))
+        except BrokenRule:
+            totals = summed(Found([], list(lin.params)))
     return lin.flatten(totals).div(len(x)).to(lin.dtype)
 
 
-def _block(directions: Directions, y: Tensor | None, rows: slice, f: Float[Tensor, "n o"]) -> Float[Tensor, "r n o"]:
+def _block(
+    directions: LabelledDirections, y: Tensor | None, rows: slice, f: Float[Tensor, "n o"]
+) -> Float[Tensor, "r n o"]:
     return directions(f, y)[rows]
 
 
 def _by_examples(
-    lin: Linearization, names: list[str], x: Tensor, directions: Callable[[Tensor], Tensor]
+    lin: Linearization, names: list[str], x: Tensor, directions: Directions
 ) -> Iterator[tuple[str, Tensor]]:
     """Parameter name -> sum over examples and directions of squares, for any network: every gradient is formed."""
-    params = {name: lin.params[name] for name in names}
-
-    def squares(example: Tensor, u: Float[Tensor, "r o"]) -> dict[str, Tensor]:
-        pull = vjp(lambda p: lin._call({**lin.params, **p}, example[None])[0], params)[1]
-        gradients = vmap(lambda one: pull(one)[0])(u)
-        return {name: gradient.square().sum(0) for name, gradient in gradients.items()}
-
-    with explained("diagonal"):
-        found = vmap(squares, in_dims=(0, 1))(x, directions(lin._call(lin.params, x)))
-    for name, square in found.items():
-        yield name, square.sum(0, dtype=torch.double)
+    for name, gradient in example_gradients(lin, names, x, directions).items():
+        yield name, gradient.square().sum(1).sum(0, dtype=torch.double)
 
 
-def _by_layers(
-    lin: Linearization, layers: list[Layer], x: Tensor, directions: Callable[[Tensor], Tensor]
-) -> Iterator[tuple[str, Tensor]]:
+def _by_layers(lin: Linearization, found: Found, x: Tensor, directions: Directions) -> Iterator[tuple[str, Tensor]]:
     """The same for the parameters of layers with a rule."""
-    for feature in layer_features(lin._call, layers, lin.params, x, directions=directions):
+    for feature in layer_features(lin, found, x, directions=directions):
         layer, squares = feature.layer, _squares(feature)
         if isinstance(layer.module, nn.Embedding):
             squares = squares.mT
@@ -246,17 +241,15 @@ def _forms_none(feature: LayerFeatures) -> bool:
     return feature.inputs.shape[2] == 1 and feature.inputs.is_floating_point()
 
 
-def _bytes(
-    lin: Linearization, layers: list[Layer], rest: list[str], x: Tensor, entries: int, memory: int
-) -> tuple[int, int]:
+def _bytes(lin: Linearization, found: Found, x: Tensor, entries: int, memory: int) -> tuple[int, int]:
     """Working memory of one example: of its pass forward and the directions' entries, and of each direction.
 
     That is a pass backward, and the gradients that are formed, with their copies in float64 for the sums.
     """
     itemsize = lin.dtype.itemsize
-    p = sum(lin.params[name].numel() for name in rest)
+    p = sum(lin.params[name].numel() for name in found.rest)
     inputs = gradients = 0
-    for feature in layer_features(lin._call, layers, lin.params, x[:1].detach(), 0):
+    for feature in layer_features(lin, found, x[:1], 0):
         if not _forms_none(feature):
             inputs = max(inputs, feature.inputs.numel())
             gradients = max(gradients, gradient_rows(feature).numel())

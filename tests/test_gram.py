@@ -12,19 +12,20 @@ from torch import nn
 
 from ntkbook import Linearization, gram
 from ntkbook.experiments.networks import lenet3, mlp
+from ntkbook.finding import find_layers
 from ntkbook.gram import FeatureMaker, Shape, prefers_ghost, prefers_ghost_alone
-from ntkbook.layers import find_layers, layer_features
+from ntkbook.layers import layer_features
 
 PLAIN = ["tanh", "relu in place", "one output", "no bias", "frozen", "vector output", "branches", "in place"]
 
 
 def found(lin, x):
-    return find_layers(lin.net, lin._call, lin.params, x[:1])
+    return find_layers(lin, x[:1])
 
 
 def maker(lin, x, x2=None, **options):
     o, memory = lin._inspect(x)
-    return FeatureMaker(lin.net, lin._call, lin.params, x, x if x2 is None else x2, o, memory, None, **options)
+    return FeatureMaker(lin, x, x if x2 is None else x2, o, memory, None, **options)
 
 
 def test_layers_say_which_of_their_parameters_count():
@@ -74,7 +75,7 @@ def test_features_are_the_factors_of_the_gradients(name):
     lin = Linearization(net)
     jacobian = lin.jacobian(x).view(len(x), -1, lin.num_params)
     rows = [lin.unflatten(row) for row in jacobian.flatten(0, 1)]
-    for layer, a, d in layer_features(lin._call, found(lin, x)[0], lin.params, x, None):
+    for layer, a, d in layer_features(lin, found(lin, x), x):
         assert a.shape[1:3] == (1, 1)
         outer = (d[:, :, 0, 0, :, None] * a[:, :, 0, None]).flatten(0, 1)
         columns = [torch.stack([row[name] for row in rows]) for name in layer.parameters]

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ntkbook import Linearization, gram
 from ntkbook.experiments.convnets import preresnet, wide_resnet
 from ntkbook.experiments.networks import lenet3, mlp
-from ntkbook.layers import find_layers, gradient_rows, layer_features
+from ntkbook.finding import find_layers
+from ntkbook.layers import gradient_rows, layer_features
 
 # torch says that it has no batched derivative of weight_norm, and that padding "same" of even kernels takes a copy.
 pytestmark = [
@@ -248,7 +249,7 @@ def test_every_network_by_every_route(name, route, monkeypatch):
 def test_which_parameters_go_by_rule(name):
     net, x = build(name)
     lin = Linearization(net)
-    layers, rest = find_layers(net, lin._call, lin.params, x[:1])
+    layers, rest = find_layers(lin, x[:1])
     ruled = [parameter for layer in layers for parameter in layer.parameters]
     assert tuple(rest) == NETWORKS[name][2]
     assert sorted(ruled + rest) == sorted(lin.params)
@@ -258,9 +259,8 @@ def test_which_parameters_go_by_rule(name):
 def test_gradients_are_those_of_the_parameters(name):
     net, x = build(name)
     lin = Linearization(net)
-    layers, _ = find_layers(net, lin._call, lin.params, x[:1])
     rows = [lin.unflatten(row) for row in loop_jacobian(net, x)]
-    for feature in layer_features(lin._call, layers, lin.params, x):
+    for feature in layer_features(lin, find_layers(lin, x[:1]), x):
         found = gradient_rows(feature).flatten(0, 1)
         module = feature.layer.module
         parts = {feature.layer.parameters[-1]: found[..., -1]} if feature.layer.bias else {}
@@ -286,7 +286,7 @@ def test_inputs_of_two_sizes(monkeypatch):
 def test_an_input_that_is_overwritten_has_no_rule():
     net, x = Overwritten().double(), torch.randn(3, 4, dtype=torch.double)
     lin = Linearization(net, params=["head.weight", "layer.weight"])
-    _, rest = find_layers(net, lin._call, lin.params, x[:1])
+    _, rest = find_layers(lin, x[:1])
     assert rest == ["layer.weight"]
 
 
@@ -295,7 +295,7 @@ def test_embeddings_whose_gradients_are_others_have_no_rule():
     for options in ({"sparse": True}, {"scale_grad_by_freq": True}):
         net = nn.Sequential(nn.Embedding(3, 2, **options), nn.Flatten())
         lin = Linearization(net)
-        assert find_layers(net, lin._call, lin.params, x) == ([], ["0.weight"])
+        assert find_layers(lin, x) == ([], ["0.weight"])
 
 
 def test_the_running_statistics_are_those_of_the_linearisation():
@@ -336,7 +336,7 @@ def test_random_convolutions(
         net = nn.Sequential(conv, *inner, nn.SiLU(), nn.Flatten()).double()
         x = torch.randn(n, groups * widths[0], *(6, 7)[:dimensions], dtype=torch.double)
         lin, j = Linearization(net), loop_jacobian(net, x)
-        assert not find_layers(net, lin._call, lin.params, x[:1])[1]
+        assert not find_layers(lin, x[:1])[1]
         assert error(lin.gram(x), j @ j.T) < TOLERANCE
         assert error(lin.diagonal(x), j.square().sum(1)) < TOLERANCE
 

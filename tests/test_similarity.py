@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ntkbook
 from ntkbook import Linearization, similarity
 from ntkbook.experiments.networks import lenet3, mlp
+from ntkbook.finding import Found
 from ntkbook.likelihoods import Gaussian, get_likelihood
 from ntkbook.similarity import (
     by_layer,
@@ -48,8 +49,8 @@ def error(got, want):
     return float((got - want).abs().max() / want.abs().max())
 
 
-def no_layers(net, call, params, example):
-    return [], list(params)
+def no_layers(lin, example):
+    return Found([], list(lin.params))
 
 
 def dense_fisher(net, x, likelihood):
