@@ -71,7 +71,7 @@ def fisher_vector_product(
             depends on it beyond rounding.
 
     Returns:
-        F v like v, a constant: no gradient flows to x, v or the network. Sums over chunks and mini-batches are taken in
+        F v like v, a constant; no gradient flows to x, v or the network. Sums over chunks and mini-batches are taken in
         float32 or better.
 
     Raises:

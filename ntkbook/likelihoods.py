@@ -347,7 +347,7 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
     "bernoulli": Bernoulli,
     "poisson": Poisson,
 }
-"""The likelihoods that functions take by name: "gaussian", "heteroscedastic" and so on."""
+"""The likelihoods that functions take by name, "gaussian", "heteroscedastic" and so on."""
 
 
 def get_likelihood(likelihood: str | Likelihood) -> Likelihood:

@@ -48,7 +48,7 @@ def fisher_diagonal(
             depends on it beyond rounding.
 
     Returns:
-        (p,), in the order of the Jacobian's columns and the network's dtype, a constant: no gradient flows to x. Sums
+        (p,), in the order of the Jacobian's columns and the network's dtype, a constant; no gradient flows to x. Sums
         over examples are taken in float64.
 
     Raises:
