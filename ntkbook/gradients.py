@@ -56,7 +56,7 @@ def example_gradients(
                 return found
     raise ValueError(
         "An example's gradients depend on the others in its batch, so the network has no Jacobian of one example. "
-        "Usual causes: a statistic or a sum over dimension 0, attention between examples, a choice made for the batch."
+        "Usual causes: a statistic or a sum over dimension 0, a choice made for the whole batch, scale_grad_by_freq."
     )
 
 
@@ -103,6 +103,29 @@ def input_gradient(
                     total += torch.autograd.grad(value, part, retain_graph=True, materialize_grads=True)[0]
         gradients.append(total)
     return torch.cat(gradients)
+
+
+def pull_back(
+    lin: FunctionalNetwork, x: Shaped[Tensor, "n ..."], create_graph: bool = False
+) -> Callable[[Float[Tensor, "n o"]], Float[Tensor, " p"]]:
+    """u -> J(x)ᵀ u, by one run of the network; differentiable in u if asked."""
+    with torch.enable_grad():
+        leaves = leaves_of(lin.params)
+        f = lin._call(leaves, x)
+    return lambda u: lin.flatten(gradient(f, leaves, u, create_graph))
+
+
+def push_forward(
+    lin: FunctionalNetwork, x: Shaped[Tensor, "n ..."], create_graph: bool = False
+) -> Callable[[Float[Tensor, " p"]], Float[Tensor, "n o"]]:
+    """v -> J(x) v without forward mode: the derivative of the linear map u -> J(x)ᵀ u."""
+    with torch.enable_grad():
+        u = lin._call(lin.params, x).detach().zero_().requires_grad_()
+        back = pull_back(lin, x, create_graph=True)(u)
+    if not back.requires_grad:
+        return lambda v: torch.zeros_like(u)
+    options = {"retain_graph": True, "create_graph": create_graph, "materialize_grads": True}
+    return lambda v: torch.autograd.grad(back, u, v, **options)[0]
 
 
 def in_columns(

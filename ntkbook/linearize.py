@@ -14,7 +14,7 @@ from ntkbook.blocks import LayerBlocks
 from ntkbook.checks import explained, outside_inference_mode, place, require_double, require_one_derivative
 from ntkbook.finding import BrokenRule, find_layers
 from ntkbook.functional import FunctionalNetwork
-from ntkbook.gradients import differentiable_rows, gradient, in_columns, jacobian_rows, leaves_of
+from ntkbook.gradients import differentiable_rows, in_columns, jacobian_rows, pull_back, push_forward
 from ntkbook.gram import Factors, FeatureMaker, Features, differentiable_gram, gram, gram_diagonal, stacked
 from ntkbook.layers import layer_features
 from ntkbook.memory import require_memory, total_memory, working_memory
@@ -124,7 +124,7 @@ class Linearization(FunctionalNetwork):
         total = u.new_zeros(k, self.num_params)
         with explained("vjp"), torch.set_grad_enabled(_differentiable(u)):
             for part, weights in zip(x.split(size), u.reshape(len(x), o, k).split(size)):
-                back = self._pull(part, _differentiable(u))
+                back = pull_back(self, part, _differentiable(u))
                 total = total + in_columns(self, ("vjp", part.shape), back, weights.movedim(-1, 0), columns)
         return total[0] if u.ndim == 2 else total.T
 
@@ -228,34 +228,17 @@ class Linearization(FunctionalNetwork):
     def _directional(self, x: Tensor, v: Float[Tensor, " p"]) -> Float[Tensor, "n o"]:
         return func_jvp(lambda p: self._call(p, x), (self.params,), (self.unflatten(v),))[1]
 
-    def _pull(self, x: Tensor, create_graph: bool = False) -> Callable[[Float[Tensor, "n o"]], Float[Tensor, " p"]]:
-        """u -> J(x)ᵀ u, by one run of the network."""
-        with torch.enable_grad():
-            leaves = leaves_of(self.params)
-            f = self._call(leaves, x)
-        return lambda u: self.flatten(gradient(f, leaves, u, create_graph))
-
-    def _transposed(self, create_graph: bool, x: Tensor) -> Callable[[Float[Tensor, " p"]], Float[Tensor, "n o"]]:
-        """v -> J(x) v, as the derivative of the linear map u -> J(x)ᵀ u."""
-        with torch.enable_grad():
-            u = self._call(self.params, x).detach().zero_().requires_grad_()
-            back = self._pull(x, create_graph=True)(u)
-        if not back.requires_grad:
-            return lambda v: torch.zeros_like(u)
-        options = {"retain_graph": True, "create_graph": create_graph, "materialize_grads": True}
-        return lambda v: torch.autograd.grad(back, u, v, **options)[0]
-
     def _forward(
         self, example: Tensor, create_graph: bool
     ) -> Callable[[Tensor], Callable[[Float[Tensor, " p"]], Float[Tensor, "n o"]]]:
-        """x -> (v -> J(x) v), by forward mode; by `_transposed` where an operation has none, as seen on one example."""
+        """x -> (v -> J(x) v), by forward mode; without, where an operation has none."""
         try:
             self._require_one_derivative(example)
         except NotImplementedError as error:
             if error.__cause__ is not None:  # and not that the two modes differ
                 with suppress(RuntimeError):
-                    self._transposed(False, example)(self.flatten(self.params))
-                    return partial(self._transposed, create_graph)
+                    push_forward(self, example)(self.flatten(self.params))
+                    return partial(push_forward, self, create_graph=create_graph)
             raise
         return lambda x: partial(self._directional, x)
 
@@ -269,13 +252,13 @@ class Linearization(FunctionalNetwork):
         if not self._one_derivative:
             v = torch.arange(self.num_params, dtype=self.dtype, device=self.device).cos()
             with explained("jvp"), torch.no_grad():
-                require_one_derivative(partial(self._directional, example), self._pull(example), v)
+                require_one_derivative(partial(self._directional, example), pull_back(self, example), v)
             self._one_derivative = True
 
     def _jacobian_chunk(self, x: Tensor, output: int | None = None) -> Float[Tensor, "n o p"]:
-        return (
-            differentiable_rows(self, x, output) if _differentiable(x) else jacobian_rows(self, self.params, x, output)
-        )
+        if _differentiable(x):
+            return differentiable_rows(self, x, output)
+        return jacobian_rows(self, self.params, x, output)
 
     def _differentiable_features(self, x: Tensor, output: int | None, trace: bool) -> Features:
         """Those of Linear layers on vectors, or else rows: batched second derivatives of norms are wrong."""
@@ -323,7 +306,6 @@ def _differentiable(*tensors: Tensor) -> bool:
 def by_rules(make: Callable[[bool], Tensor]) -> Tensor:
     """A result by the layers' rules, or without them where they turn out not to hold."""
     with torch.no_grad():
-        try:
+        with suppress(BrokenRule):
             return make(True)
-        except BrokenRule:
-            return make(False)
+        return make(False)

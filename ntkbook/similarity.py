@@ -9,6 +9,7 @@ product of matrices an example, and those of parameters without one by torch.fun
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import chain, product
 
@@ -194,10 +195,10 @@ def _mean_squares(
         return totals
 
     with torch.no_grad():
-        try:
+        totals = None
+        with suppress(BrokenRule):
             totals = summed(find_layers(lin, x[:1]))
-        except BrokenRule:
-            totals = summed(Found([], list(lin.params)))
+        totals = totals or summed(Found([], list(lin.params)))
     return lin.flatten(totals).div(len(x)).to(lin.dtype)
 
 

@@ -118,17 +118,6 @@ class Overwritten(nn.Module):
         return self.head(y * z)
 
 
-class Counted(nn.Module):
-    """An embedding whose gradients depend on how often a word is there."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(7, 3, scale_grad_by_freq=True), nn.Linear(3, 2)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.embed(x[:, :1]).mean(1)))
-
-
 def frozen():
     net = lenet3(3)
     net[1].weight.requires_grad_(False)  # the bias alone
@@ -173,7 +162,6 @@ NETWORKS = {  # how to make it, an input's shape, the parameters without a rule
     "reordered": (Reordered, (4,), ("layer.weight", "layer.bias")),
     "traded": (Traded, (4,), ("layer.weight",)),
     "input by name": (Named, (4,), ("layer.weight", "layer.bias")),
-    "counted words": (Counted, WORDS, ("embed.weight",)),
     "weight norm": (
         weight_normed, (4,), ("0.bias", "0.parametrizations.weight.original0", "0.parametrizations.weight.original1")
     ),
@@ -298,6 +286,13 @@ def test_embeddings_whose_gradients_are_others_have_no_rule():
         assert find_layers(lin, x) == ([], ["0.weight"])
 
 
+def test_words_that_count_how_often_they_are_in_the_batch_are_refused():
+    net = nn.Sequential(nn.Embedding(3, 2, scale_grad_by_freq=True), nn.Flatten()).double()
+    lin, x = Linearization(net), torch.tensor([[0, 1], [0, 2]])
+    with pytest.raises(ValueError, match=r"gradients depend on the others in its batch.*scale_grad_by_freq"):
+        lin.gram(x)
+
+
 def test_the_running_statistics_are_those_of_the_linearisation():
     net, x = build("depthwise")
     lin = Linearization(net)
@@ -333,7 +328,7 @@ def test_random_convolutions(
         options = {"stride": stride, "padding": padding, "dilation": dilation, "bias": bias, "padding_mode": mode}
         conv = kind(groups * widths[0], groups * widths[1], kernel[:dimensions], groups=groups, **options)
         inner = [nn.Tanh(), conv] if twice and widths[0] == widths[1] and padding == "same" else []
-        net = nn.Sequential(conv, *inner, nn.SiLU(), nn.Flatten()).double()
+        net = nn.Sequential(conv, *inner, nn.SiLU(), nn.Flatten(2), nn.AdaptiveAvgPool1d(3), nn.Flatten()).double()
         x = torch.randn(n, groups * widths[0], *(6, 7)[:dimensions], dtype=torch.double)
         lin, j = Linearization(net), loop_jacobian(net, x)
         assert not find_layers(lin, x[:1])[1]
