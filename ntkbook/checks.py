@@ -74,13 +74,17 @@ def require_module(net: Any) -> None:
 
 @contextmanager
 def named(what: str, x: Tensor, dtype: torch.dtype) -> Iterator[None]:
-    """Say what it was given, and the usual causes, where a call of the user's fails on examples x (n, ...)."""
+    """Say what it was given, and the usual causes, where torch refuses examples x (n, ...) in a call of the user's.
+
+    Errors about something else than types and shapes are the user's own, and fly as they are.
+    """
     try:
         yield
     except (RuntimeError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError | NotImplementedError):
-            raise
         message = str(error)
+        own = not any(word in message.lower() for word in ("type", "size", "shape", "dimension", "index", "indices"))
+        if own or isinstance(error, torch.OutOfMemoryError | NotImplementedError):
+            raise
         if not x.is_floating_point():
             hint = f"Unless these are tokens, and within an embedding's size, convert them: x.to({dtype})."
         elif "indices" in message or "Long" in message:

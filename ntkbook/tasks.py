@@ -116,7 +116,7 @@ class TaskPosterior(Posterior):
     ) -> None:
         self._gp = gp = copy.copy(gp)
         self._lin, self._x, self._tasks, self._o = gp.lin, x.detach().clone(), True, y.shape[2]
-        self._hyperparameters = hyperparameters
+        self._hyperparameters, self._sigma2 = hyperparameters, hyperparameters.noise
         scale, noise = hyperparameters.outputscale, hyperparameters.noise
         self._ratio = noise / scale
         rounding = torch.finfo(y.dtype).eps * basis.largest
@@ -179,7 +179,7 @@ class TaskPosterior(Posterior):
 
     def _noise_at(self, noise: Tensor | float | None, m: int) -> Tensor:
         if noise is None:
-            return self._hyperparameters.noise[:, None].expand(-1, m * self._o)
+            return self._sigma2[:, None].expand(-1, m * self._o)
         return super()._noise_at(noise, m)
 
     def _cross(self, x: Tensor) -> Float[Tensor, "mo no"]:
