@@ -436,7 +436,7 @@ def test_inputs_are_checked(name):
         refused(ValueError, "got torch.float64 on meta.*Convert it", lambda call=call: call(x.to("meta")), net)
         refused(ValueError, r"at least one example, got shape \(0, 4\)", lambda call=call: call(x[:0]), net)
         refused(ValueError, r"at least one example, got shape \(\)", lambda call=call: call(x[0, 0]), net)
-        refused(RuntimeError, "shape", lambda call=call: call(x[:, :3]), net)
+        refused((ValueError, RuntimeError), "shape", lambda call=call: call(x[:, :3]), net)
 
 
 def test_vectors_are_checked():
@@ -544,11 +544,11 @@ def test_what_torch_func_cannot_do_goes_by_plain_autograd():
     for net in (Choosy(4, 3), Old(4, 3), nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), Old(3, 2))):
         net, x = net.double(), torch.randn(3, 4, dtype=torch.double)
         lin, j = Linearization(net), loop_jacobian(net, x)
+        v = torch.randn(lin.num_params, 3, dtype=torch.double)
         before = snapshot(net)
         with pytest.warns(UserWarning, match="one at a time by plain autograd.*an if on a tensor's value"):
             assert error(lin.jacobian(x), j) < TOLERANCE
         assert error(lin.gram(x), j @ j.T) < TOLERANCE
-        v = torch.randn(lin.num_params, 3, dtype=torch.double)
         assert error(lin.jvp(x, v).flatten(0, 1), j @ v) < TOLERANCE
         assert error(lin.vjp(x, lin.jvp(x, v)), j.T @ (j @ v)) < TOLERANCE
         assert_unchanged(net, before)
