@@ -219,7 +219,8 @@ def steer(page, box):
     if first.get_attribute("role") == "button":
         page.keyboard.press("Enter")
     else:
-        page.keyboard.press("ArrowUp" if first.evaluate("(one) => one.value === one.max") else "ArrowDown")
+        last = first.evaluate("(one) => one.tagName === 'SELECT' || one.value === one.max")
+        page.keyboard.press("ArrowDown" if last else "ArrowUp")
 
 
 def test_a_readers_choice_in_a_figure_outlives_a_change_of_mode(page):
@@ -242,7 +243,10 @@ def test_a_readers_choice_in_a_figure_outlives_a_change_of_mode(page):
     assert plot.evaluate(shown) == before
     if toggles:
         page.keyboard.press("Enter")
-        page.wait_for_function("(plot) => !plot._fullData.some((trace) => trace.visible === 'legendonly')", arg=plot)
+        page.wait_for_function(
+            "([plot, n]) => plot._fullData.filter((trace) => trace.visible === 'legendonly').length < n",
+            arg=[plot, before.count("legendonly")],
+        )
 
 
 def test_a_figure_is_printed_as_its_static_twin(page):
