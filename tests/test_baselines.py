@@ -88,8 +88,9 @@ def test_inputs_of_their_own_for_each_task(every, name):
     shared = every[name].predict(x, y, x_star)
     shift = torch.arange(3).double()[:, None, None]
     own = every[name].predict(x.expand(3, 12, 1), y, x_star - shift)
-    # Computed in another order: rounding differs, and the fitted noise is small (ABLR: 6e-9 on some CPUs).
-    torch.testing.assert_close(own.mean[0], shared.mean[0], rtol=1e-7, atol=1e-7)
+    # ABLR fits each task where its likelihood is largest, which rounding leaves open to about √ε = 1.5e-8.
+    tolerance = 1e-7 if name == "ABLR" else 1e-9
+    torch.testing.assert_close(own.mean[0], shared.mean[0], rtol=tolerance, atol=tolerance)
     for t in range(3):
         alone = every[name].predict(x, y, (x_star - shift)[t])
         torch.testing.assert_close(own.mean[t], alone.mean[t], rtol=1e-5, atol=1e-5)
