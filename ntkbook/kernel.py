@@ -145,17 +145,17 @@ def _blocks(
     """J(x1) J(x2)ᵀ of each of b batches of examples, x1 (b·n, ...) and x2 (b·m, ...), from features made together."""
     other = x1 if x2 is None else x2
     n, m = len(x1) // b, len(other) // b
-    o, saved = lin._inspect(x1)
+    outputs, saved = lin._inspect(x1)
     if x2 is not None:
         lin._inspect(x2)
-    o = o if output is None else 1
+    o = outputs if output is None else 1
     if n * m * o * o > SMALL:
         seconds = [None] * b if x2 is None else x2.split(m)
         return torch.stack([lin.gram(one, two, output=output) for one, two in zip(x1.split(n), seconds)])
     if _differentiable(x1, other):
         left = lin._differentiable_features(x1, output, False)
         return _products(left, left if x2 is None else lin._differentiable_features(other, output, False), b)
-    budget, outputs = lin._budget(None), lin.num_outputs(x1)
+    budget = lin._budget(None)
 
     def products(rules: bool) -> Tensor:
         maker = FeatureMaker(lin, x1[:n], other[:m], outputs, saved, output, rules=rules)

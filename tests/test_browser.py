@@ -5,7 +5,6 @@ Chromium is the system's. A page is loaded once, and the tests of it follow each
 
 import http.server
 import re
-import shutil
 import threading
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from chromium import CHROMIUM
 
 from ntkbook.publish import runner
 
@@ -20,7 +20,6 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright drives 
 axe_api = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="a browser shows the book: no Chromium installed")
 
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))

@@ -190,6 +190,7 @@ def test_an_archive_that_was_not_unpacked_is_not_downloaded_again(cache, monkeyp
         (packed({f"other/{n}": c for n, c in ALL.items()}), "not found"),
         (packed({f"{FOLDER}/{n}": "/etc/passwd" if n == TRAIN[3] else c for n, c in ALL.items()}), "data_batch_4.bin"),
     ],
+    ids=["half", "half inside", "no archive", "a page", "a file less", "another folder", "a link"],
 )
 def test_a_broken_archive_leaves_the_cache_as_it_was(cache, monkeypatch, content, message):
     """Each with the md5 that it should have, so that only the unpacking can find out."""

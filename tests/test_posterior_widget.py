@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from chromium import CHROMIUM, dumped
 from gpytorch.kernels import RBFKernel
 from torch import nn
 
@@ -18,7 +19,7 @@ from ntkbook import NTKGP, Linearization
 from ntkbook.publish.posterior_widget import Prior, Task, features, payload, posterior, widget
 
 STATIC = Path(__file__).parents[1] / "book" / "_static"
-NODE, CHROMIUM = shutil.which("node"), shutil.which("chromium") or shutil.which("google-chrome")
+NODE = shutil.which("node")
 GRID = torch.linspace(-5, 5, 201, dtype=torch.float64)[:, None]
 AT, Y = [3, 40, 41, 77, 120, 160, 199], [1.0, -2.0, -1.9, 0.5, 4.0, 3.0, -5.0]
 
@@ -270,14 +271,9 @@ def in_chromium(page, folder, width=1000):
         f'<script src="driver.js"></script><script src="posterior.js"></script></head><body>{page}</body></html>',
         "utf8",
     )
-    command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
-        f"--window-size={width},900", "--virtual-time-budget=4000", "--dump-dom", (folder / "page.html").as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    found = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found, done.stdout[-2000:] + done.stderr[-2000:]
+    html_now = dumped(folder / "page.html", width=width, milliseconds=4000)
+    found = re.search(r'<pre id="out">(.*?)</pre>', html_now, re.DOTALL)
+    assert found, html_now[-2000:]
     return json.loads(html.unescape(found[1]))
 
 
