@@ -132,7 +132,10 @@ def test_the_stored_scorecard_is_that_of_the_stored_chapters():
 
 
 def test_a_changed_claim_is_seen_in_a_copy(tmp_path):
-    """One stored number, then one verdict: both the claim's own check and the scorecard's must fail."""
+    """The claim's own check sees a stored number or verdict that is another.
+
+    The scorecard follows the number; the verdict it makes itself, by the present criterion, so that it stays as it was.
+    """
     chapter = next(entry["chapter"] for entry in scorecard.entries(ROOT) if entry["value"])
     for field in ("value", "verdict"):
         book = Path(shutil.copytree(ROOT / "book", tmp_path / field / "book"))
@@ -147,7 +150,7 @@ def test_a_changed_claim_is_seen_in_a_copy(tmp_path):
         stored["data"][claims.MIME_PREFIX + "text/plain"] = json.dumps(record)
         notebooks.write(nb, book / f"{chapter}.ipynb")
         assert scorecard.check(book / f"{chapter}.ipynb")
-        assert not scorecard_is_current(book.parent)
+        assert scorecard_is_current(book.parent) == (field == "verdict")
 
 
 def scorecard_is_current(root):

@@ -217,6 +217,7 @@ def steer(page, box):
     first.focus()
     if first.get_attribute("role") == "button":
         page.keyboard.press("Enter")
+        page.wait_for_timeout(400)  # what follows within 300 ms would be a double click
     else:
         last = first.evaluate("(one) => one.tagName === 'SELECT' || one.value === one.max")
         page.keyboard.press("ArrowDown" if last else "ArrowUp")

@@ -31,7 +31,8 @@ def network(outputs=1):
 def assert_the_same_in_threads(calls, *nets):
     before = [list(net.named_parameters()) for net in nets]
     want = [call() for call in calls]
-    with ThreadPoolExecutor(len(calls)) as threads:
+    # a thread's own number of cores, or BLAS divides its sums otherwise than in the main one, and rounds otherwise
+    with ThreadPoolExecutor(len(calls), initializer=torch.set_num_threads, initargs=(1,)) as threads:
         for _ in range(15):
             for got, wanted in zip(threads.map(lambda call: call(), calls), want):
                 assert torch.equal(got, wanted)

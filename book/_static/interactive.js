@@ -56,9 +56,12 @@
     return element("label", {}, "shown: ", select);
   }
 
-  // The names in Plotly's legend, made buttons: Enter and the space bar do what a click does.
+  // The names in Plotly's legend, made buttons: Enter and the space bar do what a click does. Plotly waits for a second
+  // click and then draws the legend anew, so that the name that keys have pressed needs its focus back.
   function legendKeys(live) {
-    live.querySelectorAll(".legend .traces").forEach((entry, i) => {
+    let pressed;
+    document.addEventListener("pointerdown", () => { pressed = undefined; });
+    return () => live.querySelectorAll(".legend .traces").forEach((entry, i) => {
       const toggle = entry.querySelector(".legendtoggle");
       if (!toggle) return;
       Object.entries({ tabindex: 0, role: "button", "aria-label": `show or hide ${entry.textContent}`,
@@ -66,10 +69,10 @@
       toggle.onkeydown = (event) => {
         if (event.key !== "Enter" && event.key !== " ") return;
         event.preventDefault();
+        pressed = i;
         for (const kind of ["mousedown", "mouseup"]) toggle.dispatchEvent(new MouseEvent(kind, { bubbles: true }));
-        // Plotly waits for a second click, and then draws the legend anew
-        live.once("plotly_afterplot", () => live.querySelectorAll(".legend .legendtoggle")[i]?.focus());
       };
+      if (i === pressed && document.activeElement === document.body) toggle.focus({ preventScroll: true });
     });
   }
 
@@ -83,7 +86,8 @@
       if (narrow) trace.colorbar = { ...trace.colorbar, ...below };
     }
     const margin = narrow ? { l: 40, r: 10, t: 40, b: 40 } : { l: 55, r: 20, t: 50, b: 50 };
-    const config = { responsive: true, displayModeBar: false };
+    // a click on a name waits that long for a second one, in milliseconds
+    const config = { responsive: true, displayModeBar: false, doubleClickDelay: 300 };
     function layout() {
       const look = { ...inked(own), width: undefined, autosize: true, uirevision: "the reader's zoom is kept" };
       if (narrow) look.dragmode = false; // a finger on the plot scrolls the page
@@ -98,8 +102,9 @@
     if (controls.length) box.append(element("div", { className: "ntk-controls" }, ...controls));
     box.append(live);
     show().then(() => {
-      legendKeys(live);
-      live.on("plotly_afterplot", () => legendKeys(live));
+      const keys = legendKeys(live);
+      keys();
+      live.on("plotly_afterplot", keys);
       box.querySelector(".ntk-static").hidden = true;
       new MutationObserver(show).observe(
         document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
