@@ -125,17 +125,18 @@ def _summary(found: Sequence[Entry]) -> str:
 
 
 def as_markdown(found: Sequence[Entry]) -> str:
-    """The table that the README carries."""
-    lines = ["| claim | paper | here (95 % interval) | verdict |", "|---|---|---|---|"]
+    """What the README carries: a summary, and under it the table of all claims, folded."""
+    lines = [f"**{_summary(found)}.**", "", "<details><summary>All claims</summary>", ""]
+    lines += ["| claim | paper | here (95 % interval) | verdict |", "|---|---|---|---|"]
     for entry in found:
         here = f"{entry['quantity']}: {entry['text']}"
         cells = (f"{entry['sentence']} ({entry['place']})", entry["paper_value"] or "no number", here, entry["verdict"])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "</details>"])
 
 
 def write_readme(path: Path, claims: Sequence[Entry]) -> None:
-    """Put the table between the README's markers, and its picture into the book; ValueError when it has no markers."""
+    """Put the claims between the README's markers, and its picture into the book; ValueError when it has no markers."""
     text = path.read_text("utf8")
     found = README_TABLE.search(text)
     if not found:
