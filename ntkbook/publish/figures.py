@@ -189,8 +189,8 @@ def _table(
     body, plain = "", [" | ".join([head, *metrics])]
     for key, row in rows.items():
         label = METHOD[key].label if key in METHOD else key
-        cells = [html.escape(row.get(name, "")) for name in metrics]
-        body += f"<tr><th>{html.escape(label)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        cells = [row.get(name, "") for name in metrics]
+        body += f"<tr><th>{html.escape(label)}</th>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>"
         plain.append(" | ".join([label, *cells]))
     table = f'<table class="metrics"><caption>{html.escape(caption)}</caption>'
     table += f"<thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
