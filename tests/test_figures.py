@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from bs4 import BeautifulSoup
 
 from ntkbook.experiments.data.sources import Provenance
 from ntkbook.publish import claims, figures
@@ -112,3 +113,10 @@ def test_a_metric_table_shows_values_with_intervals():
     assert "1.23 ± 0.1" in bundle["text/html"]
     assert figures.METHOD["ntk"].label in bundle["text/html"]
     assert "nine tasks (quick)" in bundle["text/plain"]
+
+
+def test_a_text_is_shown_as_it_is_in_both_forms():
+    bundle = figures.text_table({"data's": {"size": "a < b"}})._repr_mimebundle_()
+    row = BeautifulSoup(bundle["text/html"], "html.parser").select_one("tbody tr")
+    assert [cell.get_text() for cell in row] == ["data's", "a < b"]
+    assert bundle["text/plain"].splitlines()[-1] == "data's | a < b"
