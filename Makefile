@@ -15,6 +15,8 @@ NTKBOOK := .venv/bin/ntkbook
 STAMP := .venv/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Of an environment that the user is in, which is not this one: IPython would warn of it.
+unexport VIRTUAL_ENV
 
 .PHONY: help install book html run store test lint clean distclean
 
