@@ -247,6 +247,7 @@ def test_a_readers_choice_in_a_figure_outlives_a_change_of_mode(page):
             "([plot, n]) => plot._fullData.filter((trace) => trace.visible === 'legendonly').length < n",
             arg=[plot, before.count("legendonly")],
         )
+        page.wait_for_function("() => document.activeElement.matches('.legendtoggle[aria-pressed=true]')")
 
 
 def test_a_figure_is_printed_as_its_static_twin(page):

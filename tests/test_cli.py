@@ -66,7 +66,9 @@ def test_claims_as_json_and_markdown(toybook):
     assert {"id", "place", "criterion", "value", "data", "hardware", "link"} <= rows[0].keys()
     assert found["summary"] == f"0 of {len(rows)} claims are reproduced, {len(rows)} not evaluated"
     assert ntkbook("claims", cwd=toybook).stdout.endswith(f"\n{found['summary']}.\n")
-    assert ntkbook("claims", "--markdown", cwd=toybook).stdout.startswith(f"**{found['summary']}.**\n")
+    shown = ntkbook("claims", "--markdown", cwd=toybook).stdout
+    assert shown.startswith(f"**{found['summary']}.**\n")
+    assert shown.count("\n| ") == 1 + len(rows)
 
 
 def test_run_lists_chapters_and_parameters_and_runs_nothing(toybook):
