@@ -255,8 +255,9 @@ def explained(method: str) -> Iterator[None]:
             ) from error
         if any(word in str(error) for word in ("vmap", "functorch", "data-dependent", "torch.func", "broadcast shape")):
             raise NotImplementedError(
-                f"{method}: torch.func cannot transform this network ({first}). Usual causes: an in-place operation on "
-                "a constant, .item() or an if on a tensor's value, a buffer updated in forward."
+                f"{method}: torch.func cannot transform this network ({first}). Usual causes: "
+                "a torch.autograd.Function without setup_context, an in-place operation on a constant, .item() or an "
+                "if on a tensor's value."
             ) from error
         raise
     finally:

@@ -38,6 +38,11 @@ CASES = [
     ("NTKGP(words).condition(x.abs(), y)", ValueError, r"in torch.float64 .* Tokens are integers: x.long\(\)"),
     ("NTKGP(words).condition(99 + x.abs().long(), y)", ValueError, "index out of range.* within an embedding's size"),
     ("NTKGP(Stateful()).condition(x[:, None], y)", ValueError, "All has to be torch.float64, .* dtype=torch.float32"),
+    (
+        "fisher_vector_product(Old(), x, torch.ones(27), 'gaussian')",
+        NotImplementedError,
+        "torch.func cannot transform .* setup_context.* causes: a torch.autograd.Function without setup_context",
+    ),
     # a mean
     ("NTKGP(net, mean=1.0)", TypeError, r"a function of x, got 1.0. A number c is lambda x: torch.full"),
     ("NTKGP(net, mean=None)", TypeError, "a function of x, got None"),
@@ -102,6 +107,26 @@ class Stateful(nn.Module):
 
     def forward(self, x):
         return self.head(self.cell(x, torch.zeros(1, len(x), 3))[0][:, -1])
+
+
+class Tanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.tanh())
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1 - ctx.saved_tensors[0] ** 2)
+
+
+class Old(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 9)
+
+    def forward(self, x):
+        return Tanh.apply(self.inner(x))
 
 
 def with_scale(value):
